@@ -1,0 +1,3 @@
+"""DigSeg: distributed training of a generalist, text-conditioned diffusion segmenter."""
+
+__version__ = "0.1.0"
