@@ -1,0 +1,71 @@
+"""Where a run's figures go: the protocol a logger fulfils, and the run's own ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+RunStatus = Literal["finished", "failed"]
+
+
+class RunLogger(Protocol):
+    """A destination of a run's parameters and metrics. Only rank 0 owns one.
+
+    ``start`` may be called several times in the life of a run (every restart of the training process calls
+    it again); a logger that keeps state outside the process continues the same run then.
+    """
+
+    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str]) -> None:
+        """Open or continue the run. ``config`` is the resolved configuration as plain JSON values,
+        ``dataset_digests`` maps ``corpus/split`` to its manifest's digest."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record figures of the window that ended with ``step`` (the number of optimizer steps taken)."""
+
+    def finish(self, status: RunStatus) -> None:
+        """Close the run: ``finished`` once all steps are taken, ``failed`` when training raised."""
+
+
+class NullLogger:
+    """A logger that keeps nothing: for other ranks than 0, and for runs without tracking."""
+
+    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str]) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def finish(self, status: RunStatus) -> None:
+        pass
+
+
+class MetricsFile:
+    """The loss curve of a run as JSON lines ``{"step": s, name: value, ...}``, one line a logging window."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def cut_after(self, step: int) -> None:
+        """Drop the lines of later steps than ``step``: the run goes on from there and will write them again.
+
+        A last line that a killed process left unfinished is dropped too.
+        """
+        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self._path)
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the line of one logging window."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``, without a last line that was never finished; none if it is missing."""
+    if not path.exists():
+        return []
+    complete, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]
