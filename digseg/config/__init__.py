@@ -1,0 +1,47 @@
+"""The one typed configuration of a run."""
+
+from digseg.config.load import base_directory, dump_config, load_config
+from digseg.config.schema import (
+    AutoencoderConfig,
+    ClusterConfig,
+    Config,
+    CorpusSplit,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PathwayConfig,
+    PrepareConfig,
+    PrepareCorpus,
+    QueriesConfig,
+    RunConfig,
+    SampleCorporaConfig,
+    TextConfig,
+    TrackingConfig,
+    TrainingConfig,
+    UNetConfig,
+)
+
+__all__ = [
+    "AutoencoderConfig",
+    "ClusterConfig",
+    "Config",
+    "CorpusSplit",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "PathwayConfig",
+    "PrepareConfig",
+    "PrepareCorpus",
+    "QueriesConfig",
+    "RunConfig",
+    "SampleCorporaConfig",
+    "TextConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "UNetConfig",
+    "base_directory",
+    "dump_config",
+    "load_config",
+]

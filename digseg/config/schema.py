@@ -1,0 +1,330 @@
+"""The typed schema of a run: every key of a YAML file under ``configs/`` is a field here.
+
+A key that is not here is refused (:func:`digseg.config.load.load_config` names the nearest one). Units
+stand in the names (``_s``, ``_px``, ``_mb``) or in the comment beside the field.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class _LocationMark:
+    """Marks a field as a local path or fsspec URL; relative paths are made absolute when a file is loaded."""
+
+
+Location = Annotated[str, Field(min_length=1), _LocationMark()]
+
+
+def is_location(field: FieldInfo) -> bool:
+    """Whether ``field`` holds a :data:`Location` (or none)."""
+    marks = [*field.metadata]
+    for inner in getattr(field.annotation, "__args__", ()):
+        marks += getattr(inner, "__metadata__", ())
+    return any(isinstance(mark, _LocationMark) for mark in marks)
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """What a run is called and where it lives; the directory of a run is ``storage/name``."""
+
+    name: str = "demo"
+    seed: NonNegative = 0
+    storage: Location = "outputs/runs"
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError("use letters, digits, '.', '_' and '-' (it names the run's directory)")
+        return name
+
+
+class ClusterConfig(Section):
+    """Who runs the training: Ray Train (``ray``) or this process alone (``local``)."""
+
+    backend: Literal["ray", "local"] = "ray"
+    workers: Positive = 2
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    address: str | None = None  # of a running cluster; None: the one this process is in, else a local one
+    max_failures: NonNegative = 3  # restarts of the worker group after a worker or node is lost
+
+    @property
+    def world_size(self) -> int:
+        """Number of training processes."""
+        return self.workers if self.backend == "ray" else 1
+
+
+class SampleCorporaConfig(Section):
+    """The corpora that the project draws itself."""
+
+    images_per_domain: Annotated[int, Field(ge=5)] = 240
+    seed: NonNegative = 0
+    size: Annotated[int, Field(ge=64)] = 192  # px
+
+
+class PrepareCorpus(Section):
+    """One corpus on disk: the adapter that reads it, its folder below ``prepare.root``, and its splits."""
+
+    corpus: str
+    dir: str
+    splits: Annotated[list[str], Field(min_length=1)]
+
+
+class PrepareConfig(Section):
+    """Corpora on disk that are turned into shards when the shards are absent."""
+
+    root: Location | None = None
+    sample_corpora: SampleCorporaConfig | None = None  # drawn into ``root`` first
+    corpora: list[PrepareCorpus] = []
+
+
+class CorpusSplit(Section):
+    """A split of a sharded corpus; ``weight`` is its share of the mixture, relative to the others'."""
+
+    name: str
+    split: str = "train"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class QueriesConfig(Section):
+    """How the set of class names asked of a training sample is drawn."""
+
+    sub_vocabulary_p: Unit = 0.25  # a sample's query is a random part of its corpus' vocabulary
+    foreign_p: Unit = 0.4  # a sub-vocabulary also asks for classes of other domains, which are absent
+    foreground_p: Unit = 0.8  # a sub-vocabulary of a one-foreground corpus keeps that class
+    max_foreign: Positive = 3
+    max_classes: Annotated[int, Field(ge=2)] = 64  # slots of one query
+    palette_size: Annotated[int, Field(ge=2, le=64)] = 64
+
+    @model_validator(mode="after")
+    def _fits_palette(self) -> Self:
+        if self.max_classes > self.palette_size:
+            raise ValueError(
+                f"max_classes ({self.max_classes}) exceeds palette_size ({self.palette_size}): "
+                "every class of a query needs a colour of its own"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Shards, their mixture, and how a sample becomes a training crop."""
+
+    root: Location = "outputs/shards"
+    corpora: Annotated[list[CorpusSplit], Field(min_length=1)]
+    crop_size: Positive = 128  # px
+    short_side: Positive = 256  # px; images are resized so that their shorter side has this length ...
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 1.5)  # ... times this
+    flip: bool = True
+    colour_jitter: Unit = 0.2
+    workers: NonNegative = 0  # DataLoader processes per rank; 0 reads in the training process
+    prefetch: Positive = 2  # batches ahead, per DataLoader process
+    decoded_cache_mb: NonNegative = 0  # per process
+    max_corrupt: NonNegative = 100  # samples that may be unreadable before the run stops
+    queries: QueriesConfig = QueriesConfig()
+
+    @model_validator(mode="after")
+    def _sane(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale: got {list(self.scale)}; the first bound must not exceed the second")
+        seen = set()
+        for corpus in self.corpora:
+            if (corpus.name, corpus.split) in seen:
+                raise ValueError(
+                    f"corpora: {corpus.name}/{corpus.split} is listed twice; give it one entry with the "
+                    "weights added"
+                )
+            seen.add((corpus.name, corpus.split))
+        return self
+
+
+class AutoencoderConfig(Section):
+    """Image <-> latent. ``shuffle`` is pixel (un)shuffle; ``kl`` a diffusers AutoencoderKL directory."""
+
+    type: Literal["shuffle", "kl"] = "shuffle"
+    factor: Annotated[int, Field(ge=1)] = 4  # of ``shuffle``; ``kl`` brings its own
+    path: Location | None = None
+
+    @model_validator(mode="after")
+    def _path_belongs_to_kl(self) -> Self:
+        if (self.type == "kl") != (self.path is not None):
+            raise ValueError(
+                "type kl needs path (a diffusers AutoencoderKL directory)"
+                if self.type == "kl"
+                else f"path is {self.path!r}, but type shuffle has no weights: drop path or set type: kl"
+            )
+        return self
+
+
+class TextConfig(Section):
+    """Frozen text encoder. ``minilm`` comes with the installation; ``clip`` is a local directory."""
+
+    type: Literal["minilm", "clip"] = "minilm"
+    path: Location | None = None
+
+    @model_validator(mode="after")
+    def _clip_has_a_path(self) -> Self:
+        if self.type == "clip" and self.path is None:
+            raise ValueError("type clip needs path (a directory with a CLIP text encoder and tokenizer)")
+        return self
+
+
+class UNetConfig(Section):
+    """diffusers UNet2DConditionModel; one entry of ``block_out_channels`` and ``attention`` per level."""
+
+    block_out_channels: Annotated[list[Positive], Field(min_length=2)] = [64, 96, 128]
+    attention: list[bool] = [False, False, True]
+    layers_per_block: Positive = 1
+    cross_attention_dim: Positive = 128
+    num_heads: Positive = 4
+    norm_num_groups: Positive = 16
+    attention_kernel: Literal["auto", "xformers", "sdpa", "math"] = "auto"
+
+    @model_validator(mode="after")
+    def _levels_match(self) -> Self:
+        if len(self.attention) != len(self.block_out_channels):
+            raise ValueError(
+                f"attention has {len(self.attention)} entries, block_out_channels "
+                f"{len(self.block_out_channels)}: give one per level"
+            )
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups or channels % self.num_heads:
+                raise ValueError(
+                    f"block_out_channels: {channels} must be divisible by norm_num_groups "
+                    f"({self.norm_num_groups}) and num_heads ({self.num_heads})"
+                )
+        return self
+
+
+class PathwayConfig(Section):
+    """The text pathway aligned with the decoder's features."""
+
+    dim: Positive = 64  # of the text-aligned space at the feedback scale
+    head_dim: Positive = 13  # of the full-resolution head, before the image's 3 channels join
+    query_layers: NonNegative = 1  # transformer layers over the set of class names
+    query_scale: float = 1.4  # initial log of the similarity's scale
+    gate: float = 0.5  # initial feedback gate; 0 for a pretrained U-Net
+
+
+class ModelConfig(Section):
+    """The segmenter's parts."""
+
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    text: TextConfig = TextConfig()
+    unet: UNetConfig = UNetConfig()
+    pathway: PathwayConfig = PathwayConfig()
+
+
+class ObjectiveConfig(Section):
+    """Weights of the loss's parts and of rare classes."""
+
+    class_score: Annotated[float, Field(ge=0)] = 1.0
+    feedback: Annotated[float, Field(ge=0)] = 0.5
+    reconstruction: Annotated[float, Field(ge=0)] = 0.2
+    balance_exponent: Unit = 0.5  # e of w_c = f_c^-e / sum_j f_j^(1-e)
+    balance_max: Annotated[float, Field(ge=1)] = 5.0
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> Self:
+        if self.class_score == 0 and self.reconstruction == 0:
+            raise ValueError("class_score and reconstruction are both 0: nothing would be learned")
+        return self
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights; the average is what is evaluated and exported."""
+
+    enabled: bool = True
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+
+class TrainingConfig(Section):
+    """The optimisation."""
+
+    steps: Positive
+    global_batch_size: Positive = 8
+    micro_batch_size: Positive | None = None  # per process; None: global_batch_size / world size
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup_steps: NonNegative = 40
+    final_learning_rate_ratio: Unit = 0.01
+    gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    ema: EmaConfig = EmaConfig()
+    checkpoint_every: Positive = 200  # steps
+    keep_checkpoints: Positive = 2
+    log_every: Positive = 10  # steps
+    threads: Positive | None = None  # torch threads per process; None: the node's cores / its processes
+    deepspeed: dict[str, Any] = {}  # merged into the derived DeepSpeed JSON
+
+
+class EvaluationConfig(Section):
+    """What is evaluated after training."""
+
+    corpora: list[CorpusSplit] = []
+    held_out: list[CorpusSplit] = []  # corpora never trained on
+    # corpus -> class -> other wordings: the full vocabulary with that one class renamed
+    synonyms: dict[str, dict[str, list[str]]] = {}
+    pictures_per_corpus: Positive = 4
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    uri: str | None = None  # None: $MLFLOW_TRACKING_URI, else SQLite in run.storage
+    experiment: str = "digseg"
+    registered_model: str = "digseg"
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        training, world = self.training, self.cluster.world_size
+        if training.global_batch_size % world:
+            sizes = [n for n in range(1, training.global_batch_size + 1) if training.global_batch_size % n == 0]
+            raise ValueError(
+                f"training.global_batch_size ({training.global_batch_size}) does not divide over "
+                f"{world} workers (cluster.workers); possible numbers of workers: {sizes}"
+            )
+        per_rank = training.global_batch_size // world
+        if training.micro_batch_size is not None and per_rank % training.micro_batch_size:
+            raise ValueError(
+                f"training.micro_batch_size ({training.micro_batch_size}) does not divide the "
+                f"{per_rank} samples that each of {world} workers has per step"
+            )
+        if self.model.autoencoder.type == "shuffle":
+            multiple = self.model.autoencoder.factor * 2 ** (len(self.model.unet.block_out_channels) - 1)
+            if self.data.crop_size % multiple:
+                raise ValueError(
+                    f"data.crop_size ({self.data.crop_size}) must be a multiple of {multiple} "
+                    "(model.autoencoder.factor x 2 per U-Net level below the first)"
+                )
+        return self
