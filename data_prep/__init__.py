@@ -1,0 +1,1 @@
+"""Jobs that turn corpora on disk into shards."""

@@ -1,0 +1,203 @@
+"""Reading pixels: images to RGB, masks to contiguous class ids by a corpus' label rule."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data_prep.corpora.spec import (
+    IGNORE_ID,
+    BinaryLabel,
+    ColourLabel,
+    CorpusSpec,
+    InstanceLabel,
+    Label,
+    ValueLabel,
+)
+
+UInt8Array = npt.NDArray[np.uint8]
+
+_ORIENTATION = 0x0112
+_OUTSIDE = -1
+_GREY_MODES = ("1", "L", "I", "I;16", "I;16B", "I;16L")
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+"""What PIL raises on damaged files: truncated data, broken chunks, absurd sizes."""
+
+
+class BadSample(Exception):  # noqa: N818 - the name says what it is about, not what went wrong
+    """A sample that cannot be used; its text is the reason that ``rejected.jsonl`` shows."""
+
+
+def read_image(path: Path, spec: CorpusSpec) -> tuple[UInt8Array, bytes | None, int]:
+    """The image as uint8 [H, W, 3] RGB, its file's bytes where they can be kept, its EXIF orientation.
+
+    16-bit levels are scaled to 8 bits, alpha is dropped. Bytes are kept (not None) of an 8-bit grey
+    or RGB PNG or JPEG that any reader decodes to the same pixels.
+
+    Raises:
+        BadSample: the file cannot be read or decoded.
+    """
+    image, data = _open(path, "image")
+    orientation = _orientation(image)
+    turned = orientation != 1 and spec.exif.image == "apply"
+    keep = not turned and orientation == 1 and spec.channel_order == "rgb" and _plain(image, data)
+    if turned:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        levels = np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8)
+        pixels = np.repeat(levels[:, :, None], 3, axis=2)
+    else:
+        pixels = np.asarray(image.convert("RGB"))
+    if spec.channel_order == "bgr":
+        pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+    return pixels, data if keep else None, orientation
+
+
+def read_mask(
+    paths: Sequence[Path], spec: CorpusSpec, shape: tuple[int, int], image_orientation: int
+) -> UInt8Array:
+    """The mask as uint8 [H, W]: positions in the vocabulary, :data:`IGNORE_ID` where there is no label.
+
+    Raises:
+        BadSample: a file cannot be decoded, its size is not ``shape`` or it holds a value without a meaning.
+    """
+    masks = [_mask_image(path, spec, image_orientation) for path in paths]
+    for path, mask in zip(paths, masks, strict=True):
+        if (mask.height, mask.width) != shape:
+            raise BadSample(
+                f"mask {path.name} is {mask.width} x {mask.height} pixels, the image {shape[1]} x {shape[0]}"
+            )
+    if isinstance(spec.label, InstanceLabel):
+        return _union(masks, paths, spec.label, spec.vocabulary)
+    return _decode(masks[0], paths[0], spec.label, spec.vocabulary)
+
+
+def _open(path: Path, what: str) -> tuple[Image.Image, bytes]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadSample(f"{what} {path.name} cannot be read: {error.strerror or error}") from error
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except UnidentifiedImageError as error:
+        raise BadSample(f"{what} {path.name} is no image file that can be identified") from error
+    except _DECODING_ERRORS as error:
+        raise BadSample(f"{what} {path.name} is damaged or truncated: {error}") from error
+    return image, data
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(_ORIENTATION, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _plain(image: Image.Image, data: bytes) -> bool:
+    if image.mode not in ("L", "RGB") or "transparency" in image.info:
+        return False
+    bits_per_channel = data[24] if image.format == "PNG" else 8
+    return image.format in ("PNG", "JPEG") and bits_per_channel == 8
+
+
+def _mask_image(path: Path, spec: CorpusSpec, image_orientation: int) -> Image.Image:
+    image, _ = _open(path, "mask")
+    if spec.exif.mask == "as_image" and image_orientation != 1:
+        exif = image.getexif()
+        exif[_ORIENTATION] = image_orientation
+        image.info.pop("exif", None)
+        return ImageOps.exif_transpose(image)
+    if spec.exif.mask == "own" and _orientation(image) != 1:
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def _decode(mask: Image.Image, path: Path, label: Label, vocabulary: tuple[str, ...]) -> UInt8Array:
+    if isinstance(label, ColourLabel):
+        return _by_colour(mask, path, label, vocabulary)
+    if isinstance(label, BinaryLabel):
+        return _by_threshold(mask, path, label, vocabulary)
+    if isinstance(label, ValueLabel):
+        return _by_value(mask, path, label, vocabulary)
+    raise TypeError(f"no reader for {label.reader}")
+
+
+def _by_value(mask: Image.Image, path: Path, label: ValueLabel, vocabulary: tuple[str, ...]) -> UInt8Array:
+    expected = {"grey": _GREY_MODES, "palette": ("P",), "index": (*_GREY_MODES, "P")}[label.reader]
+    values = _levels(mask, path, expected)
+    table = np.full(65536, IGNORE_ID if label.other_values == "ignore" else _OUTSIDE, dtype=np.int16)
+    table[list(label.ignore)] = IGNORE_ID
+    for value, name in label.values.items():
+        table[value] = vocabulary.index(name) if name in vocabulary else IGNORE_ID
+    ids = table[values]
+    if (ids == _OUTSIDE).any():
+        unknown = np.unique(values[ids == _OUTSIDE])
+        raise BadSample(f"mask {path.name} has class id {_some(unknown)}, outside the vocabulary")
+    return ids.astype(np.uint8)
+
+
+def _by_colour(mask: Image.Image, path: Path, label: ColourLabel, vocabulary: tuple[str, ...]) -> UInt8Array:
+    if mask.mode not in ("RGB", "RGBA", "P"):
+        raise BadSample(f"mask {path.name} is of mode {mask.mode}, a colour mask is RGB")
+    colours = np.asarray(mask.convert("RGB"))
+    if label.binarise_at is not None:
+        colours = np.where(colours >= label.binarise_at, 255, 0)
+    packed = _packed(colours)
+    ids = np.full(packed.shape, IGNORE_ID if label.other_colours == "ignore" else _OUTSIDE, dtype=np.int16)
+    for colour in label.ignore:
+        ids[packed == _packed(np.array(colour))] = IGNORE_ID
+    for name, colour in label.colours.items():
+        ids[packed == _packed(np.array(colour))] = vocabulary.index(name) if name in vocabulary else IGNORE_ID
+    if (ids == _OUTSIDE).any():
+        unknown = [f"({c >> 16}, {c >> 8 & 255}, {c & 255})" for c in np.unique(packed[ids == _OUTSIDE])]
+        raise BadSample(f"mask {path.name} has the colour {_some(unknown)}, outside the vocabulary")
+    return ids.astype(np.uint8)
+
+
+def _by_threshold(
+    mask: Image.Image, path: Path, label: BinaryLabel, vocabulary: tuple[str, ...]
+) -> UInt8Array:
+    values = _levels(mask, path, _GREY_MODES)
+    if label.levels != "any":
+        unknown = np.setdiff1d(values, label.levels)
+        if unknown.size:
+            raise BadSample(f"mask {path.name} has the value {_some(unknown)}, outside {list(label.levels)}")
+    above, below = vocabulary.index(label.at_or_above), vocabulary.index(label.below)
+    return np.where(values >= label.threshold, above, below).astype(np.uint8)
+
+
+def _union(
+    masks: Sequence[Image.Image], paths: Sequence[Path], label: InstanceLabel, vocabulary: tuple[str, ...]
+) -> UInt8Array:
+    foreground = np.zeros((masks[0].height, masks[0].width), dtype=bool)
+    for mask, path in zip(masks, paths, strict=True):
+        foreground |= _levels(mask, path, _GREY_MODES) >= label.threshold
+    object_id, background_id = vocabulary.index(label.foreground), vocabulary.index(label.background)
+    return np.where(foreground, object_id, background_id).astype(np.uint8)
+
+
+def _levels(mask: Image.Image, path: Path, modes: Sequence[str]) -> npt.NDArray[np.uint16]:
+    """Grey levels or palette indices [H, W]; a 1-bit mask counts as 0 and 255."""
+    if mask.mode not in modes:
+        raise BadSample(f"mask {path.name} is of mode {mask.mode}, the label rule reads {', '.join(modes)}")
+    if mask.mode == "1":
+        mask = mask.convert("L")
+    values = np.asarray(mask)
+    if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
+        raise BadSample(f"mask {path.name} has values outside 0..65535")
+    return values.astype(np.uint16)
+
+
+def _packed(colours: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    channels = colours.astype(np.int64)
+    packed: npt.NDArray[np.int64] = (channels[..., 0] << 16) | (channels[..., 1] << 8) | channels[..., 2]
+    return packed
+
+
+def _some(values: Sequence[object] | npt.NDArray[np.generic]) -> str:
+    shown = ", ".join(str(value) for value in values[:5])
+    return shown + (", ..." if len(values) > 5 else "")

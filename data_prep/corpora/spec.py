@@ -1,0 +1,253 @@
+"""The typed description of a corpus (``configs/corpora/*.yaml``). Every field is explicit, without a default.
+
+``0`` and ``255`` mean something else in nearly every corpus, so a description states its label rule in full
+and a reader never guesses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, model_validator
+
+from digseg.errors import nearest
+
+IGNORE_ID = 255
+"""Id of pixels without a label in every mask that leaves this package."""
+
+MAX_CLASSES = 255
+"""Contiguous ids 0..254 fit an 8-bit mask beside :data:`IGNORE_ID`."""
+
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, strict=True)]
+Level = Annotated[StrictInt, Field(ge=0, le=65535)]
+Channel = Annotated[StrictInt, Field(ge=0, le=255)]
+Colour = tuple[Channel, Channel, Channel]
+Domain = Literal["natural", "medical", "remote_sensing", "agriculture"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FilePatterns(_Part):
+    """Where images and masks lie below the root.
+
+    ``{field}`` matches a part of one path segment and names it, ``*`` matches without a name, a final ``.*``
+    is any image suffix. An image and a mask belong together when all their fields agree.
+    """
+
+    images: Name
+    masks: Name
+
+    @model_validator(mode="after")
+    def _same_fields(self) -> Self:
+        images, masks = pattern_fields(self.images), pattern_fields(self.masks)
+        if not images:
+            raise ValueError("the image pattern names no {field}: one sample cannot be told from another")
+        if set(images) != set(masks):
+            raise ValueError(f"images name the fields {sorted(set(images))}, masks {sorted(set(masks))}")
+        return self
+
+
+class FolderSplits(_Part):
+    """The layout has one entry a split."""
+
+    by: Literal["folder"]
+
+
+class EveryNthSplits(_Part):
+    """Positions 0, n, 2n, ... of the sorted keys are one split, all others the other."""
+
+    by: Literal["every_nth"]
+    n: Annotated[StrictInt, Field(ge=2)]
+    nth: Name
+    others: Name
+
+
+class NumberSplits(_Part):
+    """A numeric field of the path below a bound is one split, the rest the other."""
+
+    by: Literal["number"]
+    field: Name
+    bound: StrictInt
+    below: Name
+    rest: Name
+
+
+class ListSplits(_Part):
+    """A file names the samples: a YAML mapping of splits, or a text file a split (``{split}`` in its name).
+
+    An entry is compared with ``field``; folders and an image suffix on it are dropped, a YAML number is
+    compared as a number. A sample listed in several splits goes to ``duplicates``.
+    """
+
+    by: Literal["list"]
+    file: Name
+    field: Name
+    splits: Annotated[tuple[Name, ...], Field(min_length=1)]
+    duplicates: Name
+
+
+Splits = Annotated[FolderSplits | EveryNthSplits | NumberSplits | ListSplits, Field(discriminator="by")]
+
+
+class ValueLabel(_Part):
+    """Mask pixels are ids: ``grey`` levels, indices of a ``palette`` image, or either of them (``index``)."""
+
+    reader: Literal["grey", "palette", "index"]
+    values: dict[Level, Name]
+    ignore: tuple[Level, ...]
+    other_values: Literal["bad_sample", "ignore"]
+    dropped_classes: Literal["error", "ignore"]
+    """What becomes of classes that ``values`` names and the vocabulary lacks."""
+
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.values.values())
+
+
+class ColourLabel(_Part):
+    """Mask pixels are RGB colours. ``binarise_at`` rounds each channel to 0 or 255 first (lossy masks)."""
+
+    reader: Literal["colour"]
+    colours: dict[Name, Colour]
+    ignore: tuple[Colour, ...]
+    other_colours: Literal["bad_sample", "ignore"]
+    binarise_at: Channel | None
+    dropped_classes: Literal["error", "ignore"]
+
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.colours)
+
+
+class BinaryLabel(_Part):
+    """Grey levels on the two sides of a threshold. An inverted mask swaps the two names."""
+
+    reader: Literal["binary"]
+    threshold: Annotated[StrictInt, Field(ge=1, le=255)]
+    at_or_above: Name
+    below: Name
+    levels: tuple[Level, ...] | Literal["any"]
+    """The only grey levels a sound mask has, or ``any`` (masks stored as JPEG)."""
+
+    def class_names(self) -> tuple[str, ...]:
+        return (self.at_or_above, self.below)
+
+
+class InstanceLabel(_Part):
+    """One binary file for each object; their union is the foreground class."""
+
+    reader: Literal["instances"]
+    threshold: Annotated[StrictInt, Field(ge=1, le=255)]
+    foreground: Name
+    background: Name
+
+    def class_names(self) -> tuple[str, ...]:
+        return (self.foreground, self.background)
+
+
+Label = Annotated[ValueLabel | ColourLabel | BinaryLabel | InstanceLabel, Field(discriminator="reader")]
+
+
+class ExifRule(_Part):
+    """EXIF orientation. ``mask: as_image`` turns the mask as the image (labels drawn on stored pixels)."""
+
+    image: Literal["apply", "ignore"]
+    mask: Literal["own", "as_image", "ignore"]
+
+
+class CorpusSpec(_Part):
+    """All that is needed to read a corpus."""
+
+    title: Name
+    domain: Domain
+    licence: Name
+    vocabulary: Annotated[tuple[Name, ...], Field(min_length=1, max_length=MAX_CLASSES)]
+    """Class names as text queries; a class's id is its position."""
+    may_contain: tuple[Name, ...]
+    """Foreign names that may be visible in the images, so never negatives."""
+    key: Name
+    """Sample key, built from the fields of the path patterns."""
+    layout: Annotated[dict[Name, FilePatterns], Field(min_length=1)]
+    splits: Splits
+    channel_order: Literal["rgb", "bgr"]
+    exif: ExifRule
+    label: Label
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_names(self.vocabulary, self.may_contain)
+        _check_label(self.vocabulary, self.label)
+        _check_layout(self)
+        return self
+
+    def split_names(self) -> tuple[str, ...]:
+        rule = self.splits
+        if isinstance(rule, FolderSplits):
+            return tuple(self.layout)
+        if isinstance(rule, EveryNthSplits):
+            return (rule.others, rule.nth)
+        if isinstance(rule, NumberSplits):
+            return (rule.below, rule.rest)
+        return rule.splits
+
+
+def pattern_fields(pattern: str) -> list[str]:
+    """Names of the ``{field}`` parts of a pattern, in order, repeats included."""
+    return re.findall(r"\{(\w+)\}", pattern)
+
+
+def _check_names(vocabulary: tuple[str, ...], may_contain: tuple[str, ...]) -> None:
+    repeated = _repeated(vocabulary)
+    if repeated:
+        raise ValueError(f"vocabulary names {repeated} twice")
+    both = sorted(set(vocabulary) & set(may_contain))
+    if both:
+        raise ValueError(f"may_contain lists {both}, which are of the vocabulary itself")
+
+
+def _check_label(vocabulary: tuple[str, ...], label: Label) -> None:
+    named = label.class_names()
+    may_drop = isinstance(label, ValueLabel | ColourLabel) and label.dropped_classes == "ignore"
+    for name in named:
+        if name not in vocabulary and not may_drop:
+            raise ValueError(
+                f"label names the class {name!r}, which vocabulary lacks{nearest(name, vocabulary)}"
+            )
+    silent = sorted(set(vocabulary) - set(named))
+    if silent:
+        raise ValueError(f"label gives no pixel value for {silent} of the vocabulary")
+    if isinstance(label, ValueLabel):
+        both = sorted(set(label.values) & set(label.ignore))
+        if both:
+            raise ValueError(f"label.ignore lists {both}, which label.values maps to a class")
+    if isinstance(label, ColourLabel):
+        repeated = _repeated([*label.colours.values(), *label.ignore])
+        if repeated:
+            raise ValueError(f"label gives the colour {repeated} two meanings")
+
+
+def _check_layout(spec: CorpusSpec) -> None:
+    rule = spec.splits
+    if not isinstance(rule, FolderSplits) and len(spec.layout) != 1:
+        raise ValueError(f"splits by {rule.by} need a layout with one entry, it has {sorted(spec.layout)}")
+    for name, patterns in spec.layout.items():
+        fields = set(pattern_fields(patterns.images))
+        used = set(pattern_fields(spec.key))
+        if isinstance(rule, NumberSplits | ListSplits):
+            used.add(rule.field)
+        missing = sorted(used - fields)
+        if missing:
+            raise ValueError(f"key or splits use {missing}, which layout.{name}.images does not name")
+    if isinstance(rule, ListSplits) and rule.duplicates not in rule.splits:
+        raise ValueError(f"splits.duplicates is {rule.duplicates!r}, not one of {list(rule.splits)}")
+
+
+def _repeated(values: Iterable[Hashable]) -> Hashable | None:
+    seen: set[Hashable] = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
