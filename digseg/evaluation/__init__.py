@@ -1,0 +1,1 @@
+"""Metrics, inference and reports over a trained model."""
