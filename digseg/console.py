@@ -100,10 +100,7 @@ class _PlainHandle:
     def _line(self) -> None:
         elapsed_s = max(time.monotonic() - self._began, 1e-9)
         rate = (self._done - self._start) / elapsed_s
-        left = f", {(self._total - self._done) / rate:.0f} s left" if 0 < rate and self._done < self._total else ""
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate > 0 and self._done < self._total else ""
         unit = f" {self._unit}" if self._unit else ""
         note = f" | {self._note}" if self._note else ""
-        say(
-            f"{self._description}: {self._done}/{self._total}{unit} "
-            f"({rate:.1f}/s, {elapsed_s:.0f} s{left}){note}"
-        )
+        say(f"{self._description}: {self._done}/{self._total}{unit} ({rate:.1f}/s, {elapsed_s:.0f} s{left}){note}")

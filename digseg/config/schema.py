@@ -145,8 +145,7 @@ class DataConfig(Section):
         for corpus in self.corpora:
             if (corpus.name, corpus.split) in seen:
                 raise ValueError(
-                    f"corpora: {corpus.name}/{corpus.split} is listed twice; give it one entry with the "
-                    "weights added"
+                    f"corpora: {corpus.name}/{corpus.split} is listed twice; give it one entry with the weights added"
                 )
             seen.add((corpus.name, corpus.split))
         return self
@@ -263,7 +262,7 @@ class TrainingConfig(Section):
     warmup_steps: NonNegative = 40
     final_learning_rate_ratio: Unit = 0.01
     gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes in it
     zero_stage: Literal[0, 1, 2, 3] = 1
     ema: EmaConfig = EmaConfig()
     checkpoint_every: Positive = 200  # steps

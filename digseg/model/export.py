@@ -1,0 +1,171 @@
+"""The exported model: a diffusers-style directory of safetensors and JSON, written whole or not at all.
+
+::
+
+    digseg.json                  what the model is: configuration, text statistics, vocabulary, lineage
+    unet/                        diffusers UNet2DConditionModel (config.json, *.safetensors)
+    pathway/model.safetensors    query encoder, feedback, head, mean of the text embeddings
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from digseg import __version__
+from digseg.config import Config, ModelConfig
+from digseg.errors import DigSegError
+from digseg.model.autoencoder import build_autoencoder
+from digseg.model.denoiser import build_unet
+from digseg.model.palette import palette
+from digseg.model.segmenter import Segmenter
+from digseg.model.text import TextEncoder, TextTable, load_text_encoder, standardise
+
+FORMAT_VERSION = 1
+_CARD = "digseg.json"
+_UNET = "unet/diffusion_pytorch_model.safetensors"
+_PATHWAY = "pathway/model.safetensors"
+_TEXT_MEAN = "text_mean"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What an exported model says of itself."""
+
+    format_version: int
+    digseg_version: str
+    model: ModelConfig
+    text_fingerprint: str
+    names: tuple[str, ...]  # class names it was trained on
+    short_side: int  # px: the size that images are brought to
+    palette_size: int
+    max_classes: int  # per pass
+    metadata: dict[str, Any]  # lineage: run, step, data digests, ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """An exported model, ready to predict."""
+
+    segmenter: Segmenter
+    card: ModelCard
+    text_encoder: TextEncoder
+    text_mean: Tensor  # float32 [D]
+
+    def embed(self, names: Sequence[str]) -> Tensor:
+        """Standardised embeddings ``[K, D]`` of any class names."""
+        return standardise(self.text_encoder.encode(names), self.text_mean)
+
+    def colours(self, num_classes: int) -> Tensor:
+        """The first colours of the palette, ``[K, 3]``."""
+        return palette(self.card.palette_size)[:num_classes]
+
+
+def export_model(
+    directory: Path,
+    state: Mapping[str, Tensor],
+    config: Config,
+    table: TextTable,
+    text_fingerprint: str,
+    metadata: Mapping[str, Any],
+) -> Path:
+    """Write the weights ``state`` (of a :class:`Segmenter`) with all that prediction needs; replaces ``directory``.
+
+    The model appears by rename: a reader never sees half of it.
+    """
+    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "pathway").mkdir(parents=True)
+    unet = build_unet(config.model.unet, build_autoencoder(config.model.autoencoder).channels)
+    unet.load_state_dict({k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")})
+    unet.save_pretrained(temporary / "unet", safe_serialization=True)
+    rest = {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith("unet.")}
+    save_file({**rest, _TEXT_MEAN: table.mean.contiguous()}, temporary / _PATHWAY)
+    card = {
+        "format_version": FORMAT_VERSION,
+        "digseg_version": __version__,
+        "model": config.model.model_dump(mode="json"),
+        "text_fingerprint": text_fingerprint,
+        "names": list(table.names),
+        "short_side": config.data.short_side,
+        "palette_size": config.data.queries.palette_size,
+        "max_classes": config.data.queries.max_classes,
+        "metadata": dict(metadata),
+    }
+    (temporary / _CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+    return directory
+
+
+def read_card(directory: Path) -> ModelCard:
+    """The card of an exported model.
+
+    Raises:
+        DigSegError: ``directory`` holds no exported model, or one of another format.
+    """
+    path = directory / _CARD
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values["format_version"]
+        if version != FORMAT_VERSION:
+            raise DigSegError(f"{path}: model format {version}, this version reads {FORMAT_VERSION}; export it anew")
+        return ModelCard(
+            **{
+                **values,
+                "model": ModelConfig.model_validate(values["model"]),
+                "names": tuple(values["names"]),
+            }
+        )
+    except FileNotFoundError:
+        raise DigSegError(f"{directory}: not an exported model (it has no {_CARD})") from None
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
+        raise DigSegError(f"{path}: not a readable model card ({error}); export the model anew") from None
+
+
+def load_model(directory: Path) -> LoadedModel:
+    """Load an exported model for inference.
+
+    Raises:
+        DigSegError: a missing or damaged file, weights of another architecture or not finite, or another
+            text encoder than the one it was trained with.
+    """
+    card = read_card(directory)
+    text_encoder = load_text_encoder(card.model.text)
+    if text_encoder.fingerprint != card.text_fingerprint:
+        raise DigSegError(
+            f"{directory}: trained with text encoder {card.text_fingerprint}, but {text_encoder.fingerprint} is "
+            "installed; class names would be misread"
+        )
+    segmenter = Segmenter(card.model, text_encoder.dim, build_autoencoder(card.model.autoencoder))
+    state = {f"unet.{k}": v for k, v in _read_weights(directory / _UNET).items()}
+    state |= _read_weights(directory / _PATHWAY)
+    text_mean = state.pop(_TEXT_MEAN, None)
+    if text_mean is None or any(not bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+        raise DigSegError(f"{directory}: the weights are incomplete or not finite; export the model anew")
+    try:
+        segmenter.load_state_dict(state)
+    except RuntimeError as error:
+        raise DigSegError(f"{directory}: weights of another architecture than {_CARD} says: {error}") from None
+    segmenter.eval().requires_grad_(False)
+    return LoadedModel(segmenter, card, text_encoder, text_mean)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise DigSegError(f"{path}: missing; the exported model is incomplete") from None
+    except (OSError, SafetensorError) as error:
+        raise DigSegError(f"{path}: damaged weights ({error}); export the model anew") from None

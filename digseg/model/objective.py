@@ -1,0 +1,54 @@
+"""The one-step objective: small pure functions of tensors. Label 255 is ignored everywhere."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255
+
+
+def class_score_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
+    """Balanced cross-entropy: mean over valid pixels of ``w_y * -log p_y``.
+
+    Args:
+        logits: float32 ``[B, K, H, W]``.
+        labels: int64 ``[B, H, W]``, slot or 255.
+        class_weights: float32 ``[B, K]``, per sample.
+    """
+    valid = labels != IGNORE
+    slots = labels.masked_fill(~valid, 0)
+    nll = F.cross_entropy(logits, slots, reduction="none")
+    weight = class_weights.gather(1, slots.flatten(1)).view_as(nll) * valid
+    return (nll * weight).sum() / valid.sum().clamp(min=1)
+
+
+def area_score_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
+    """The same at a coarser scale, against each class's share of a cell's valid pixels.
+
+    Args:
+        logits: float32 ``[B, K, h, w]``; ``labels [B, H, W]`` with H/h = W/w an integer.
+        labels: as above.
+        class_weights: as above.
+    """
+    factor = labels.shape[-1] // logits.shape[-1]
+    share = F.avg_pool2d(one_hot(labels, logits.shape[1]), factor)  # sums to the cell's valid share
+    weighted = share * class_weights[:, :, None, None]
+    return -(weighted * logits.log_softmax(1)).sum() / share.sum().clamp(min=1)
+
+
+def reconstruction_loss(estimate: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared error of mask latents ``[B, C, h, w]`` over cells without an ignored pixel."""
+    factor = labels.shape[-1] // estimate.shape[-1]
+    ignored = F.max_pool2d((labels == IGNORE).float().unsqueeze(1), factor)
+    valid = 1.0 - ignored
+    error = (estimate - target).square().mean(1, keepdim=True)
+    return (error * valid).sum() / valid.sum().clamp(min=1)
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """``labels [B, H, W]`` -> float32 ``[B, num_classes, H, W]``, all zero where ignored."""
+    valid = labels != IGNORE
+    encoded = torch.zeros(labels.shape[0], num_classes, *labels.shape[1:], device=labels.device, dtype=torch.float32)
+    return encoded.scatter_(1, labels.masked_fill(~valid, 0).unsqueeze(1), valid.unsqueeze(1).float())

@@ -1,0 +1,119 @@
+"""The text pathway: class names in, aligned class scores out, and language features fed back."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from digseg.config import PathwayConfig
+
+
+class QueryEncoder(nn.Module):
+    """Class names and their colours to the two forms the segmenter needs.
+
+    ``tokens`` bind a name to its colour (for cross-attention and feedback); ``queries`` know the other names
+    of the set but no colour (for scoring).
+    """
+
+    def __init__(self, text_dim: int, token_dim: int, config: PathwayConfig) -> None:
+        super().__init__()
+        self.name = nn.Linear(text_dim, token_dim)
+        self.colour = nn.Linear(3, token_dim)
+        self.project = nn.Linear(text_dim, token_dim)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                token_dim,
+                nhead=4,
+                dim_feedforward=2 * token_dim,
+                dropout=0.0,
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(config.query_layers)
+        )
+        self.norm = nn.LayerNorm(token_dim)
+
+    def forward(self, text: Tensor, mask: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
+        """``text [B, K, D]``, ``mask [B, K]`` (True = a class), ``colours [B, K, 3]`` -> tokens, queries ``[B, K, T]``."""
+        tokens = self.name(text) + self.colour(colours)
+        queries = self.project(text)
+        for layer in self.layers:
+            queries = layer(queries, src_key_padding_mask=~mask)
+        return tokens, self.norm(queries)
+
+
+class Alignment(nn.Module):
+    """Class scores of features: a scaled product with the normalised query, plus a bias from the text."""
+
+    def __init__(self, query_dim: int, dim: int, log_scale: float) -> None:
+        super().__init__()
+        self.key = nn.Linear(query_dim, dim)
+        self.bias = nn.Linear(query_dim, 1)
+        self.log_scale = nn.Parameter(torch.tensor(log_scale))
+
+    def forward(self, features: Tensor, queries: Tensor, mask: Tensor) -> Tensor:
+        """``features [B, dim, H, W]``, ``queries [B, K, T]``, ``mask [B, K]`` -> float32 logits ``[B, K, H, W]``.
+
+        Slots outside the mask get a large negative score.
+        """
+        keys = self.log_scale.exp() * F.normalize(self.key(queries), dim=-1)
+        scores = torch.einsum("bchw,bkc->bkhw", features, keys.to(features.dtype)).float()
+        scores = scores + self.bias(queries).float()[..., None]
+        masked: Tensor = scores.masked_fill(~mask[:, :, None, None], -1e4)
+        return masked
+
+
+class Feedback(nn.Module):
+    """Scores a decoder scale against the classes and adds the attended class tokens back through a gate."""
+
+    def __init__(self, channels: int, token_dim: int, groups: int, config: PathwayConfig) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels)
+        self.project = nn.Conv2d(channels, config.dim, 1)
+        self.align = Alignment(token_dim, config.dim, config.query_scale)
+        self.value = nn.Linear(token_dim, channels)
+        self.gate = nn.Parameter(torch.tensor(config.gate))
+
+    def forward(self, h: Tensor, tokens: Tensor, queries: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """``h [B, C, H, W]`` -> ``h`` with language added, and float32 logits ``[B, K, H, W]``."""
+        logits = self.align(self.project(F.silu(self.norm(h))), queries, mask)
+        values = self.value(tokens)
+        attended = torch.einsum("bkhw,bkc->bchw", logits.softmax(1).to(values.dtype), values)
+        return h + self.gate.to(h.dtype) * attended, logits
+
+
+class RefinedHead(nn.Module):
+    """Full-resolution class scores from the last decoder features and the image itself."""
+
+    def __init__(self, channels: int, token_dim: int, factor: int, groups: int, config: PathwayConfig) -> None:
+        super().__init__()
+        width = config.head_dim + 3
+        self.factor = factor
+        self.norm = nn.GroupNorm(groups, channels)
+        self.expand = nn.Conv2d(channels, config.head_dim * factor * factor, 1)
+        self.refine = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+        self.align = Alignment(token_dim, width, config.query_scale)
+        _equal_subpixels_(self.expand, factor)
+
+    def forward(self, h: Tensor, images: Tensor, queries: Tensor, mask: Tensor) -> Tensor:
+        """``h [B, C, H/f, W/f]``, ``images [B, 3, H, W]`` -> float32 logits ``[B, K, H, W]``."""
+        z = F.pixel_shuffle(self.expand(F.silu(self.norm(h))), self.factor)
+        z = torch.cat([z, images.to(z.dtype)], dim=1)
+        z = z + self.refine(z)
+        logits: Tensor = self.align(z, queries, mask)
+        return logits
+
+
+def _equal_subpixels_(conv: nn.Conv2d, factor: int) -> None:
+    """Start a convolution before a pixel shuffle with equal sub-pixels, so it shows no checkerboard.
+
+    Aitken et al., "Checkerboard artifact free sub-pixel convolution", arXiv 1707.02937.
+    """
+    repeats = factor * factor
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight[::repeats].repeat_interleave(repeats, 0))
+        assert conv.bias is not None
+        conv.bias.copy_(conv.bias[::repeats].repeat_interleave(repeats, 0))

@@ -1,0 +1,89 @@
+"""The segmenter with its loss: the one module that a training engine wraps."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from digseg.config import Config
+from digseg.model.objective import area_score_loss, class_score_loss, one_hot, reconstruction_loss
+from digseg.model.palette import palette
+from digseg.model.segmenter import Segmenter
+
+
+class QueryBatch(Protocol):
+    """What the loss reads of a batch (``digseg.data.loader.Batch`` is one)."""
+
+    @property
+    def images(self) -> Tensor:
+        """float32 ``[B, 3, H, W]`` in [-1, 1]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 ``[B, H, W]``: slot in the row's query, 255 = ignore."""
+
+    @property
+    def query_ids(self) -> Tensor:
+        """int64 ``[B, K]``: row of the text table, -1 = no class."""
+
+    @property
+    def colour_ids(self) -> Tensor:
+        """int64 ``[B, K]``: row of the palette."""
+
+    @property
+    def class_weights(self) -> Tensor:
+        """float32 ``[B, K]``."""
+
+
+class SegmenterLoss(nn.Module):
+    """``forward(batch)`` gives the loss and its parts as scalars.
+
+    Weights stay float32; in bf16 the segmenter runs under autocast and the losses are computed in float32.
+    """
+
+    text_table: Tensor
+    palette: Tensor
+
+    def __init__(self, segmenter: Segmenter, config: Config, text_table: Tensor) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+        self.weights = config.objective
+        self.precision = config.training.precision
+        self.register_buffer("text_table", text_table, persistent=False)
+        self.register_buffer("palette", palette(config.data.queries.palette_size), persistent=False)
+
+    def forward(self, batch: QueryBatch) -> dict[str, Tensor]:
+        mask = batch.query_ids >= 0
+        text = self.text_table[batch.query_ids.clamp(min=0)]
+        colours = self.palette[batch.colour_ids]
+        device = batch.images.device
+        bf16 = resolve_precision(self.precision, device) == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            output = self.segmenter(batch.images, text, mask, colours)
+        class_score = class_score_loss(output.logits, batch.labels, batch.class_weights)
+        feedback = area_score_loss(output.feedback_logits, batch.labels, batch.class_weights)
+        target = self.segmenter.autoencoder.compose(one_hot(batch.labels, mask.shape[1]), colours)
+        reconstruction = reconstruction_loss(output.mask_latents, target, batch.labels)
+        loss = (
+            self.weights.class_score * class_score
+            + self.weights.feedback * feedback
+            + self.weights.reconstruction * reconstruction
+        )
+        return {
+            "loss": loss,
+            "class_score": class_score.detach(),
+            "feedback": feedback.detach(),
+            "reconstruction": reconstruction.detach(),
+        }
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``fp32`` or ``bf16``: ``auto`` takes bf16 on CUDA and on CPUs with bf16 instructions.
+
+    Without them (AVX2 and older) PyTorch's bf16 convolutions are tens of times slower than float32 ones.
+    """
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else "fp32"
