@@ -82,9 +82,7 @@ def paint(mask: NDArray[np.integer], vocabulary: Sequence[str], ignore_id: int =
     picture = table[np.where(ignored, 0, mask)]
     height, width = mask.shape
     diagonal = np.arange(height)[:, None] + np.arange(width)
-    hatch = np.array(IGNORE_COLOURS, dtype=np.uint8)[
-        (diagonal % _HATCH_PERIOD >= _HATCH_PERIOD // 3).astype(int)
-    ]
+    hatch = np.array(IGNORE_COLOURS, dtype=np.uint8)[(diagonal % _HATCH_PERIOD >= _HATCH_PERIOD // 3).astype(int)]
     return np.where(ignored[..., None], hatch, picture)
 
 
@@ -122,7 +120,8 @@ def _key(name: str) -> str:
 @cache
 def _palette() -> NDArray[np.uint8]:
     """Candidate colours [N, 3]: golden-angle steps round the hue circle at alternating lightness, so that
-    neighbours in the list differ clearly. The first `_PREFERRED` are vivid, the rest for large vocabularies."""
+    neighbours in the list differ clearly. The first `_PREFERRED` are vivid; the rest serve big vocabularies.
+    """
     tones = ((0.55, 0.72), (0.38, 0.62), (0.72, 0.80), (0.27, 0.45), (0.84, 0.60), (0.50, 0.25))
     colours = []
     for step in range(4 * _PREFERRED):

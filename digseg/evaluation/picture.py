@@ -55,8 +55,8 @@ def prediction_grid(
     subtitle: str = "",
     samples_per_line: int = 2,
 ) -> None:
-    """Write the picture of all samples to `path` (PNG): a section for each run of rows with the same title, in
-    it `samples_per_line` triples a line, and beside it the legend of the classes that occur in it.
+    """Write the picture of all samples to `path` (PNG): a section for each run of rows with the same title,
+    in it `samples_per_line` triples a line, and beside it the legend of the classes that occur in it.
 
     Raises:
         ValueError: when there is no row.
@@ -143,9 +143,7 @@ class _Section:
         return _HEADER + max(tiles, len(self.legend) * _LEGEND_LINE)
 
 
-def _draw_section(
-    canvas: Image.Image, section: _Section, top: int, samples_per_line: int, legend_left: int
-) -> None:
+def _draw_section(canvas: Image.Image, section: _Section, top: int, samples_per_line: int, legend_left: int) -> None:
     draw = ImageDraw.Draw(canvas)
     draw.text((_MARGIN, top + 20), section.title, font=_font(32, bold=True), fill=_INK)
     box = (_TILE, section.tile_height)
@@ -186,12 +184,8 @@ def _swatch(draw: ImageDraw.ImageDraw, left: int, middle: int, size: int, colour
     draw.rounded_rectangle(corner, radius=size // 5, fill=IGNORE_COLOURS[1] if colour is None else colour)
     if colour is None:
         for offset in range(size // 4, size, size // 4):
-            draw.line(
-                [(left, corner[1] + offset), (left + offset, corner[1])], fill=IGNORE_COLOURS[0], width=2
-            )
-            draw.line(
-                [(left + offset, corner[3]), (corner[2], corner[1] + offset)], fill=IGNORE_COLOURS[0], width=2
-            )
+            draw.line([(left, corner[1] + offset), (left + offset, corner[1])], fill=IGNORE_COLOURS[0], width=2)
+            draw.line([(left + offset, corner[3]), (corner[2], corner[1] + offset)], fill=IGNORE_COLOURS[0], width=2)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -1,0 +1,128 @@
+"""Which MLflow store is meant, and a client for it that fails at once, with a reason, where the store is
+absent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from digseg.config import Config, RunConfig
+from digseg.config.load import base_directory
+from digseg.errors import DigSegError
+
+_SQLITE = "sqlite:///"
+_PROBE_TIMEOUT_S = 5.0
+
+
+def tracking_uri(config: Config) -> str:
+    """The store of a run: `tracking.uri`, else $MLFLOW_TRACKING_URI, else SQLite in `run.storage`."""
+    return _normalised(config.tracking.uri) if config.tracking.uri else default_tracking_uri(config.run.storage)
+
+
+def default_tracking_uri(storage: str | Path | None = None) -> str:
+    """$MLFLOW_TRACKING_URI, else SQLite in `storage` (the configuration's default storage if not given)."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return _normalised(uri)
+    folder = base_directory() / (storage if storage is not None else RunConfig().storage)
+    return f"{_SQLITE}{folder / 'mlflow.db'}"
+
+
+def connect(uri: str, *, create: bool = False) -> MlflowClient:
+    """A client of the tracking and registry store at `uri`.
+
+    Args:
+        create: make a SQLite database that does not exist yet; otherwise its absence is an error.
+
+    Raises:
+        DigSegError: a server that does not answer, a missing database, or a kind of store that is not
+        supported.
+    """
+    uri = _normalised(uri)
+    if (database := sqlite_path(uri)) is not None:
+        if create:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        elif not database.is_file():
+            raise DigSegError(
+                f"no MLflow database at {database}: train a model first (make demo, or launch/train.py), or "
+                "name another store with --tracking-uri or MLFLOW_TRACKING_URI"
+            )
+    elif urlsplit(uri).scheme in ("http", "https"):
+        _probe(uri)
+    # Creating a database logs every migration at INFO.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        raise DigSegError(f"the MLflow store {uri} cannot be used: {first_line(error)}") from error
+    return client
+
+
+@contextmanager
+def fluent(uri: str) -> Iterator[None]:
+    """Point MLflow's module-level functions at `uri` for a while, and back afterwards."""
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
+
+
+def artifact_location(uri: str) -> str | None:
+    """Where a new experiment keeps its artifacts: beside a SQLite database; a server decides itself
+    (None)."""
+    database = sqlite_path(_normalised(uri))
+    return (database.parent / "mlartifacts").as_uri() if database is not None else None
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a SQLite URI, else None."""
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without MLflow's long tails."""
+    return str(error).strip().partition("\n")[0]
+
+
+def _normalised(uri: str) -> str:
+    """The URI with a relative SQLite path made absolute: workers run in other directories than the
+    launcher."""
+    if uri.startswith(_SQLITE):
+        return f"{_SQLITE}{base_directory() / uri.removeprefix(_SQLITE)}"
+    scheme = urlsplit(uri).scheme
+    if scheme in ("", "file"):
+        raise DigSegError(
+            f"tracking URI {uri!r}: MLflow's file store is no longer supported; use "
+            f"sqlite:///{uri.removeprefix('file://').rstrip('/') or '.'}/mlflow.db or the URL of a server"
+        )
+    return uri
+
+
+def _probe(uri: str) -> None:
+    """Ask the server for its health: MLflow's own retries would take minutes to say that nobody is there."""
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_PROBE_TIMEOUT_S):
+            pass
+    except urllib.error.HTTPError:
+        return  # it answers; whether the request was liked is for MLflow to find out
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise DigSegError(
+            f"the MLflow server {uri} does not answer ({reason}): start it, or correct --tracking-uri, "
+            "tracking.uri or MLFLOW_TRACKING_URI"
+        ) from error

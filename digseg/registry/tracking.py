@@ -1,0 +1,318 @@
+"""A training run in MLflow: parameters, configuration, data and environment once, metrics as they come."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from digseg.config import Config, dump_config
+from digseg.errors import DigSegError
+from digseg.registry import lineage
+from digseg.registry.store import artifact_location, connect, first_line, tracking_uri
+
+RECORD_NAME = "mlflow_run.json"
+
+_FLUSH_INTERVAL_S = 2.0
+_FINISH_TIMEOUT_S = 60.0
+# Limits of MLflow's batch API and of a dataset's digest.
+_BATCH = 100
+_PARAM_LENGTH = 6000
+_DIGEST_LENGTH = 36
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+
+class MlflowRun:
+    """The MLflow run of a DigSeg run; what `digseg.training.logging.RunLogger` asks for.
+
+    The run's name identifies it: its id is kept in `run.storage/run.name/mlflow_run.json`, and a process that
+    starts the same run again continues it if the store still knows it. Metrics are handed to a thread, so
+    that training never waits for the store; figures of steps that an earlier process already logged are not
+    repeated.
+    """
+
+    def __init__(self, config: Config, world_size: int | None = None) -> None:
+        self._config = config
+        self._world_size = world_size or config.cluster.world_size
+        self._uri = tracking_uri(config)
+        self._record_path = Path(config.run.storage) / config.run.name / RECORD_NAME
+        self._connected: MlflowClient | None = None
+        self._run_id: str | None = None
+        self._writer: _MetricWriter | None = None
+
+    @property
+    def tracking_uri(self) -> str:
+        """The store that the run is in."""
+        return self._uri
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run, which is created if it does not exist yet.
+
+        Raises:
+            DigSegError: the store cannot be reached.
+        """
+        if self._run_id is None:
+            self._run_id = self._continued() or self._created()
+        return self._run_id
+
+    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str]) -> None:
+        """Open or continue the run: parameters, resolved configuration, datasets, revision and environment.
+
+        Raises:
+            DigSegError: the store cannot be reached or refuses the run.
+        """
+        try:
+            self._client.update_run(self.run_id, status="RUNNING")
+            self._log_parameters(flattened(config))
+            tags = {
+                **lineage.source_revision(),
+                "world_size": str(self._world_size),
+                "config_sha256": lineage.mapping_digest(config),
+                "run_directory": str(self._record_path.parent),
+                **{f"dataset.{name}": digest for name, digest in dataset_digests.items()},
+            }
+            self._log_tags(tags)
+            self._client.log_inputs(self.run_id, list(_dataset_inputs(self._config.data.root, dataset_digests)))
+            self._client.log_text(self.run_id, dump_config(self._config), "config.yaml")
+            self._client.log_dict(self.run_id, lineage.environment(), "environment.json")
+        except MlflowException as error:
+            raise DigSegError(f"MLflow at {self._uri} refuses the run: {first_line(error)}") from error
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Queue figures of a step; returns at once. Values that are not finite are logged as they are."""
+        if self._writer is None:
+            logged = _read_record(self._record_path).get("logged", {})
+            self._writer = _MetricWriter(self._client, self.run_id, dict(logged), self._save_record)
+        now_ms = time.time_ns() // 1_000_000
+        self._writer.put([Metric(metric_name(name), float(value), now_ms, step) for name, value in values.items()])
+
+    def finish(self, status: Literal["finished", "failed"]) -> None:
+        """Write what is queued and close the run."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        try:
+            self._client.set_terminated(self.run_id, "FINISHED" if status == "finished" else "FAILED")
+        except MlflowException as error:
+            _log.warning("MLflow did not take the end of the run: %s", first_line(error))
+
+    def log_images(self, paths: Sequence[Path], folder: str = "pictures") -> None:
+        """Attach picture files; MLflow's page shows them."""
+        for path in paths:
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Attach a file or directory."""
+        self._client.log_artifact(self.run_id, str(path), folder)
+
+    @property
+    def _client(self) -> MlflowClient:
+        if self._connected is None:
+            self._connected = connect(self._uri, create=True)
+        return self._connected
+
+    def _continued(self) -> str | None:
+        """The recorded run, if this store still has it."""
+        run_id = _read_record(self._record_path).get("run_id")
+        if run_id is None:
+            return None
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException:
+            return None
+        return str(run_id) if run.info.lifecycle_stage == "active" else None
+
+    def _created(self) -> str:
+        run = self._client.create_run(
+            experiment_id(self._client, self._uri, self._config.tracking.experiment),
+            run_name=self._config.run.name,
+            tags={"mlflow.source.name": "launch/train.py", "mlflow.source.type": "JOB"},
+        )
+        self._run_id = str(run.info.run_id)
+        self._save_record({})
+        return self._run_id
+
+    def _save_record(self, logged: Mapping[str, int]) -> None:
+        self._record_path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._record_path.with_suffix(".tmp")
+        record = {"run_id": self._run_id, "tracking_uri": self._uri, "logged": dict(logged)}
+        partial.write_text(json.dumps(record, indent=1))
+        partial.replace(self._record_path)
+
+    def _log_parameters(self, parameters: Mapping[str, str]) -> None:
+        """Parameters cannot be changed in MLflow: a continued run keeps its first ones, and says what
+        changed."""
+        known = self._client.get_run(self.run_id).data.params
+        new = [Param(key, value) for key, value in parameters.items() if key not in known]
+        for chunk in _chunks(new):
+            self._client.log_batch(self.run_id, params=chunk)
+        changed = [f"{key}={value}" for key, value in parameters.items() if known.get(key, value) != value]
+        if changed:
+            self._log_tags({"changed_on_resume": ", ".join(changed)[:_PARAM_LENGTH]})
+
+    def _log_tags(self, tags: Mapping[str, str]) -> None:
+        for chunk in _chunks([RunTag(key, value) for key, value in tags.items()]):
+            self._client.log_batch(self.run_id, tags=chunk)
+
+
+def log_evaluation(uri: str, run_id: str, result: Mapping[str, Any]) -> None:
+    """Add an evaluation (as `digseg.cluster.evaluate.evaluate_model` gives it) to a run: one metric a figure
+    and the whole as `evaluation.json`.
+
+    Raises:
+        DigSegError: the store cannot be reached, or has no such run.
+    """
+    client = connect(uri)
+    figures = {"eval.mean_iou": result["mean_iou"]}
+    for name, corpus in result["corpora"].items():
+        figures[f"eval.{name}.miou"] = corpus["miou"]
+        figures[f"eval.{name}.pixel_accuracy"] = corpus["pixel_accuracy"]
+        figures |= {f"eval.{name}.iou.{label}": iou for label, iou in corpus["classes"].items()}
+    for name, classes in result.get("synonyms", {}).items():
+        for label, wordings in classes.items():
+            figures |= {f"eval.{name}.synonym.{label}.{wording}": iou for wording, iou in wordings.items()}
+    now_ms = time.time_ns() // 1_000_000
+    metrics = [
+        Metric(metric_name(name), value, now_ms, 0)
+        for name, value in figures.items()
+        if value is not None and math.isfinite(value)
+    ]
+    try:
+        for chunk in _chunks(metrics):
+            client.log_batch(run_id, metrics=chunk)
+        client.log_dict(run_id, dict(result), "evaluation.json")
+    except MlflowException as error:
+        raise DigSegError(f"MLflow at {uri} does not take the evaluation: {first_line(error)}") from error
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values as MLflow parameters: `training.steps` -> "1000"; lists become JSON."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            flat[f"{prefix}{key}"] = text[:_PARAM_LENGTH]
+    return flat
+
+
+def metric_name(name: str) -> str:
+    """The name with characters that MLflow refuses (it knows letters, digits, and _ - . / : space)
+    replaced."""
+    return re.sub(r"[^\w\-./: ]", "_", name, flags=re.ASCII)
+
+
+def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """Id of the experiment, created if the store does not have it.
+
+    Raises:
+        DigSegError: the experiment was deleted and waits in MLflow's trash.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifact_location(uri)))
+        except MlflowException:
+            # Another process was quicker.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage != "active":
+        raise DigSegError(
+            f"tracking.experiment: {name!r} was deleted in {uri}; restore it (mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}) or choose another name"
+        )
+    return str(experiment.experiment_id)
+
+
+def _dataset_inputs(root: str, digests: Mapping[str, str]) -> Iterator[DatasetInput]:
+    for name, digest in digests.items():
+        source = json.dumps({"uri": f"{root}/{name}/manifest.json", "sha256": digest})
+        dataset = Dataset(name=name, digest=digest[:_DIGEST_LENGTH], source_type="digseg_shards", source=source)
+        yield DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])
+
+
+def _chunks(items: list[_T]) -> Iterator[list[_T]]:
+    return (items[start : start + _BATCH] for start in range(0, len(items), _BATCH))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+class _MetricWriter:
+    """Writes metrics in batches from a thread of its own. A store that fails is tried again, without end
+    while the run goes on and for `_FINISH_TIMEOUT_S` at its end; it never stops the run."""
+
+    def __init__(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        logged: dict[str, int],
+        save: Callable[[Mapping[str, int]], None],
+    ) -> None:
+        self._client, self._run_id, self._logged, self._save = client, run_id, logged, save
+        self._queue: list[Metric] = []
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mlflow-metrics", daemon=True)
+        self._thread.start()
+
+    def put(self, metrics: Sequence[Metric]) -> None:
+        with self._lock:
+            self._queue.extend(metrics)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(_FINISH_TIMEOUT_S)
+        if self._queue:
+            _log.warning("%d metrics did not reach MLflow; they are in the run's metrics.jsonl", len(self._queue))
+
+    def _work(self) -> None:
+        failing = False
+        while True:
+            last = self._closing.wait(_FLUSH_INTERVAL_S)
+            try:
+                self._flush()
+                failing = False
+            except Exception as error:  # whatever the store does must not end the training
+                if not failing:
+                    _log.warning("MLflow does not take metrics, trying on: %s", first_line(error))
+                failing = True
+            if last and not (failing and self._queue):
+                return
+            if last:
+                time.sleep(_FLUSH_INTERVAL_S)
+
+    def _flush(self) -> None:
+        while True:
+            with self._lock:
+                batch = self._queue[:_BATCH]
+            if not batch:
+                return
+            new = [metric for metric in batch if metric.step > self._logged.get(metric.key, -1)]
+            if new:
+                self._client.log_batch(self._run_id, metrics=new)
+            for metric in new:
+                self._logged[metric.key] = max(metric.step, self._logged.get(metric.key, -1))
+            self._save(self._logged)
+            with self._lock:
+                del self._queue[: len(batch)]
