@@ -1,0 +1,169 @@
+"""The work behind :mod:`data_prep.shard`: which sample goes to which shard, and making one shard (one Ray task)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.corpora import BadSample, Corpus, SampleRef
+from digseg.data.format import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Rejected,
+    ShardEntry,
+    ShardHeader,
+    Statistics,
+    index_name,
+    parse_header,
+    sha256_of,
+    split_path,
+)
+from digseg.data.order import mix64, permuted_index
+from digseg.data.storage import Storage
+from digseg.data.writer import EncodedSample, ShardWriter, encode_mask, encode_png, shard_entry
+
+MIN_SAMPLES_PER_SHARD = 64
+MAX_SAMPLES_PER_SHARD = 512
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to make: everything a task needs, wherever it runs."""
+
+    corpus: Corpus
+    name: str
+    split: str
+    refs: tuple[SampleRef, ...]
+    root: str
+    shard: str
+    expected: ShardEntry | None
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A shard that exists now, or (``entry`` None) one of which no sample was intact and nothing was written."""
+
+    entry: ShardEntry | None
+    statistics: Statistics | None
+    rejected: tuple[Rejected, ...]
+    written: bool
+
+
+def plan_shards(keys: Sequence[str], seed: int, samples_per_shard: int | None = None) -> list[list[str]]:
+    """Keys of each shard, sorted within it: a pure function of the set of keys, the seed and the size.
+
+    Shards are random samples of the split of nearly equal size, so that a few of them stand for the whole. By
+    default small corpora get one to four shards and large ones shards of 512 samples.
+    """
+    ordered = sorted(keys)
+    size = samples_per_shard or min(MAX_SAMPLES_PER_SHARD, max(MIN_SAMPLES_PER_SHARD, -(-len(ordered) // 4)))
+    num_shards = -(-len(ordered) // size)
+    shards: list[list[str]] = [[] for _ in range(num_shards)]
+    for place, key in enumerate(ordered):
+        shards[permuted_index(place, len(ordered), mix64(seed)) % num_shards].append(key)
+    return shards
+
+
+def make_shard(job: ShardJob) -> ShardResult:
+    """Make a shard, or leave it as it is where it already holds these source files, intact."""
+    storage = Storage(job.root)
+    source = source_sha256(job.corpus, job.refs)
+    present = _present(storage, job, source)
+    if present is not None:
+        return present
+
+    rejected: list[Rejected] = []
+    statistics: list[Statistics] = []
+    samples = _encoded(job, statistics, rejected)
+    first = next(samples, None)
+    if first is None:
+        return ShardResult(None, None, tuple(rejected), written=False)
+    folder = split_path(job.name, job.split)
+    # A manifest never describes shards that are being replaced.
+    storage.remove(f"{folder}/{MANIFEST_NAME}")
+    with ShardWriter(storage, folder, job.shard) as writer:
+        writer.add(first)
+        for sample in samples:
+            writer.add(sample)
+        header, entry = writer.close(source, Statistics.merged(statistics), rejected)
+    return ShardResult(entry, header.statistics, header.rejected, written=True)
+
+
+def source_sha256(corpus: Corpus, refs: Sequence[SampleRef]) -> str:
+    """Digest over everything a shard is made from: label rules, keys, and the bytes of all source files."""
+    digest = hashlib.sha256(f"{FORMAT_VERSION}{corpus.spec.model_dump_json()}".encode())
+    for ref in refs:
+        digest.update(json.dumps([ref.key, ref.problem]).encode())
+        for path in (ref.image, *_masks(ref)):
+            content = path.read_bytes() if path.is_file() else b"missing"
+            digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _present(storage: Storage, job: ShardJob, source: str) -> ShardResult | None:
+    """The result of an earlier run, if its files are what that run wrote and its sources are the same."""
+    folder = split_path(job.name, job.split)
+    try:
+        index = storage.read(f"{folder}/{index_name(job.shard)}")
+    except FileNotFoundError:
+        return None
+    header = parse_header(index)
+    if header is None or header.source_sha256 != source or header.name != job.shard:
+        return None
+    entry = shard_entry(header, index)
+    if job.expected not in (None, entry) or not _tar_intact(storage, f"{folder}/{job.shard}", header):
+        return None
+    return ShardResult(entry, header.statistics, header.rejected, written=False)
+
+
+def _tar_intact(storage: Storage, path: str, header: ShardHeader) -> bool:
+    return storage.size(path) == header.bytes and sha256_of(storage, path, header.bytes) == header.sha256
+
+
+def _encoded(job: ShardJob, statistics: list[Statistics], rejected: list[Rejected]) -> Iterator[EncodedSample]:
+    """Intact samples of a job in order; ``statistics`` and ``rejected`` grow as they are read."""
+    num_classes = len(job.corpus.vocabulary)
+    for ref in job.refs:
+        try:
+            content = job.corpus.read(ref)
+        except BadSample as error:
+            rejected.append(_rejected(job.corpus.root, ref, str(error)))
+            continue
+        statistics.append(Statistics.of_mask(content.mask, num_classes))
+        verbatim = content.image_bytes is not None
+        height, width = content.mask.shape
+        yield EncodedSample(
+            key=ref.key,
+            image=content.image_bytes if content.image_bytes is not None else encode_png(content.image),
+            image_ext=content.image_ext if verbatim else "png",
+            mask_png=encode_mask(content.mask, num_classes),
+            meta={
+                "key": ref.key,
+                "corpus": job.name,
+                "split": job.split,
+                "height": height,
+                "width": width,
+                "source": _relative(ref.image, job.corpus.root),
+            },
+        )
+
+
+def _rejected(root: Path, ref: SampleRef, reason: str) -> Rejected:
+    return Rejected(
+        key=ref.key,
+        image=_relative(ref.image, root),
+        masks=tuple(_relative(mask, root) for mask in _masks(ref)),
+        reason=reason.replace(f"{root}/", ""),
+    )
+
+
+def _masks(ref: SampleRef) -> tuple[Path, ...]:
+    return ref.mask if isinstance(ref.mask, tuple) else (ref.mask,)
+
+
+def _relative(path: Path, root: Path) -> str:
+    """Below the root, so that the bytes of a shard do not depend on where the corpus lies."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name

@@ -1,0 +1,175 @@
+"""Reading a sharded split: any sample by its number, with one ranged read."""
+
+from __future__ import annotations
+
+import bisect
+import io
+import itertools
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from digseg.data.format import (
+    MASK_MEMBER,
+    META_MEMBER,
+    IndexEntry,
+    Manifest,
+    index_name,
+    load_manifest,
+    parse_index,
+    shard_problem,
+    split_path,
+)
+from digseg.data.storage import Storage
+from digseg.errors import DigSegError
+
+
+class CorruptSampleError(Exception):
+    """A sample whose bytes are not what was written. Training replaces it; ``key`` says which one it is."""
+
+    def __init__(self, key: str, where: str, reason: str) -> None:
+        super().__init__(f"sample {key!r} in {where}: {reason}")
+        self.key = key
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``image`` uint8 [H, W, 3] RGB; ``mask`` [H, W] ids of the vocabulary (uint8, or uint16 above 255
+    classes).
+
+    With ``min_short_side`` the image may be smaller than the mask by up to a whole factor, see :meth:`read`.
+    """
+
+    key: str
+    image: npt.NDArray[np.uint8]
+    mask: npt.NDArray[Any]
+    meta: dict[str, Any]
+
+
+class ShardedCorpus:
+    """A split of a corpus as a sequence of samples, numbered through its shards.
+
+    Opening reads the manifest only; a shard's index is read when a sample of it is first asked for.
+
+    Raises:
+        DigSegError: no such split, a damaged manifest, or (local roots) shard files that are missing or cut
+            off.
+    """
+
+    def __init__(self, root: str | Path, corpus: str, split: str) -> None:
+        self.manifest: Manifest = load_manifest(root, corpus, split)
+        self._storage = Storage(root)
+        self._folder = split_path(corpus, split)
+        self._first = list(itertools.accumulate((s.samples for s in self.manifest.shards), initial=0))
+        self._indexes: dict[int, list[IndexEntry]] = {}
+        if self._storage.is_local:
+            self._check_sizes()
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def read(self, index: int, min_short_side: int | None = None) -> Sample:
+        """Decode sample ``index``.
+
+        With ``min_short_side`` the image is decoded at a reduced size where its shorter side stays at least
+        that long (JPEG's own scaling, whole-factor averaging otherwise); the mask always has its full size.
+
+        Raises:
+            CorruptSampleError: the bytes differ from what was written, or cannot be decoded.
+        """
+        shard, entry = self._locate(index)
+        name = self.manifest.shards[shard].name
+        where = self._storage.url(f"{self._folder}/{name}")
+        try:
+            content = self._storage.read_range(f"{self._folder}/{name}", entry.start, entry.end)
+        except FileNotFoundError as error:
+            raise DigSegError(f"{where} is gone; run data_prep/shard.py again to mend it") from error
+        except OSError as error:
+            raise CorruptSampleError(entry.key, where, f"cannot be read ({error})") from error
+        if zlib.crc32(content) != entry.crc32:
+            raise CorruptSampleError(entry.key, where, "its bytes are not what was written (crc32 differs)")
+        try:
+            return Sample(
+                entry.key,
+                decode_image(entry.cut(entry.image_member, content), min_short_side),
+                decode_mask(entry.cut(MASK_MEMBER, content)),
+                json.loads(entry.cut(META_MEMBER, content)),
+            )
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise CorruptSampleError(entry.key, where, f"cannot be decoded ({error})") from error
+
+    def key(self, index: int) -> str:
+        """The key of sample ``index``, without reading the sample."""
+        return self._locate(index)[1].key
+
+    def verify(self) -> None:
+        """Compare every byte of every shard with the manifest's sha256.
+
+        Raises:
+            DigSegError: naming the first file that is missing or differs.
+        """
+        for shard in self.manifest.shards:
+            problem = shard_problem(self._storage, self._folder, shard)
+            if problem:
+                raise DigSegError(f"{problem}; run data_prep/shard.py again to mend it")
+
+    def _locate(self, index: int) -> tuple[int, IndexEntry]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = bisect.bisect_right(self._first, index) - 1
+        return shard, self._index(shard)[index - self._first[shard]]
+
+    def _index(self, shard: int) -> list[IndexEntry]:
+        if shard not in self._indexes:
+            entry = self.manifest.shards[shard]
+            path = f"{self._folder}/{index_name(entry.name)}"
+            try:
+                entries = parse_index(self._storage.read(path), self._storage.url(path))
+            except FileNotFoundError as error:
+                hint = "run data_prep/shard.py again to mend it"
+                raise DigSegError(f"{self._storage.url(path)} is missing; {hint}") from error
+            if len(entries) != entry.samples:
+                raise DigSegError(
+                    f"{self._storage.url(path)} lists {len(entries)} samples, the manifest says "
+                    f"{entry.samples}; run data_prep/shard.py again to mend it"
+                )
+            self._indexes[shard] = entries
+        return self._indexes[shard]
+
+    def _check_sizes(self) -> None:
+        for shard in self.manifest.shards:
+            path = f"{self._folder}/{shard.name}"
+            size = self._storage.size(path)
+            if size != shard.bytes:
+                found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+                hint = "run data_prep/shard.py again to mend it"
+                raise DigSegError(f"{self._storage.url(path)} {found}; {hint}")
+
+
+def decode_image(content: bytes, min_short_side: int | None = None) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 3] RGB of a JPEG or PNG, reduced by a whole factor where ``min_short_side`` allows it."""
+    image: Image.Image = Image.open(io.BytesIO(content))
+    if min_short_side:
+        factor = min(image.size) // min_short_side
+        if factor > 1:
+            # A JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the cost; draft() does nothing to a PNG.
+            image.draft("RGB", (-(-image.width // factor), -(-image.height // factor)))
+            factor = min(image.size) // min_short_side
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        if factor > 1:
+            image = image.reduce(factor)
+    else:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+    return np.array(image)
+
+
+def decode_mask(content: bytes) -> npt.NDArray[Any]:
+    """[H, W] ids, uint8 or uint16, as the PNG holds them."""
+    mask = np.array(Image.open(io.BytesIO(content)))
+    return mask if mask.dtype == np.uint8 else mask.astype(np.uint16)

@@ -1,0 +1,98 @@
+"""Which corpus a global position belongs to, by weights, and which sample of which epoch it is there.
+
+A periodic table holds every corpus exactly in proportion to its weight, evenly spread with seeded jitter,
+so that the proportions hold over every period and nearly so over every batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from digseg.errors import DigSegError
+
+MIN_PERIOD = 256
+MAX_PERIOD = 65_536
+
+
+class Mixture:
+    """Corpora of ``sizes`` samples, mixed by ``weights`` (any positive numbers; 1, 1, 2 means 25, 25, 50 %).
+
+    Weights whose smallest whole-number proportions sum to at most 65536 are met exactly; others to within
+    1/65536.
+
+    Raises:
+        DigSegError: no corpus, an empty corpus, or a weight that is not a positive number.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        if not sizes or len(sizes) != len(weights):
+            raise DigSegError(f"a mixture needs one weight a corpus and at least one corpus, got {sizes}, {weights}")
+        for place, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+            if size < 1:
+                raise DigSegError(f"corpus {place} of the mixture has no samples")
+            if not (math.isfinite(weight) and weight > 0):
+                raise DigSegError(f"weight {place} of the mixture is {weight}; it must be a positive number")
+        self.sizes = tuple(sizes)
+        self._table = _table(whole_proportions(weights), seed)
+        self._per_period = np.bincount(self._table, minlength=len(sizes)).tolist()
+        self._rank = _rank_among_equals(self._table)
+        self.period = len(self._table)
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """(corpus, epoch, index within the epoch) of a global position >= 0. Pure, O(1).
+
+        Each corpus passes through its indices 0..size-1 in order, epoch after epoch; what index means which
+        sample is the order's business (:mod:`digseg.data.order`).
+        """
+        period, place = divmod(position, self.period)
+        corpus = int(self._table[place])
+        nth = period * self._per_period[corpus] + int(self._rank[place])
+        epoch, index = divmod(nth, self.sizes[corpus])
+        return corpus, epoch, index
+
+
+def whole_proportions(weights: Sequence[float]) -> list[int]:
+    """Smallest whole numbers in the proportion of the weights, rounded (none to zero) where too large."""
+    # The decimal that was written (0.1), not the nearest binary fraction to it.
+    fractions = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    counts = [int(fraction * scale) for fraction in fractions]
+    divisor = math.gcd(*counts)
+    counts = [count // divisor for count in counts]
+    total = sum(counts)
+    if total <= MAX_PERIOD:
+        return counts
+    shares = [Fraction(count * MAX_PERIOD, total) for count in counts]
+    rounded = [max(1, math.floor(share)) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (math.floor(shares[i]) - shares[i], i))
+    for place in by_remainder[: max(0, MAX_PERIOD - sum(rounded))]:
+        rounded[place] += 1
+    return rounded
+
+
+def _table(counts: Sequence[int], seed: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    """Corpus of every place of the period: the k-th of n occurrences lies at random in [k/n, (k+1)/n)."""
+    rng = np.random.default_rng([seed, 0x6D6978])
+    base = sum(counts)
+    parts = []
+    for _ in range(-(-MIN_PERIOD // base)):
+        corpora = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        nth = np.concatenate([np.arange(count) for count in counts])
+        places = (nth + rng.random(base)) / np.repeat(np.asarray(counts), counts)
+        parts.append(corpora[np.argsort(places, kind="stable")])
+    return np.concatenate(parts)
+
+
+def _rank_among_equals(
+    table: np.ndarray[tuple[int], np.dtype[np.int32]],
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """For every place, how many places before it hold the same corpus."""
+    rank = np.empty(len(table), dtype=np.int64)
+    for corpus in range(int(table.max()) + 1):
+        places = np.flatnonzero(table == corpus)
+        rank[places] = np.arange(len(places))
+    return rank

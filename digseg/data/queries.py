@@ -1,0 +1,165 @@
+"""What a training sample is asked: which class names, in which slots, in which colours.
+
+A query is drawn from the corpus' vocabulary alone, before the mask is seen: a class keeps its slot whether
+or not the crop shows it, else the set of names would tell the answer. Some queries are random
+sub-vocabularies, where the pixels of dropped classes become background, and some ask for *foreign* classes
+that cannot be visible, so that a name without its object is learned to be empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from digseg.config.schema import QueriesConfig
+from digseg.data.format import Manifest
+
+BACKGROUND = "background"
+IGNORE_SLOT = 255
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class QueryVocabulary:
+    """A corpus' classes as ids of the table of all names, and the foreign names it may be asked for.
+
+    ``background_class`` is the vocabulary's own background class, or None where it has none.
+    """
+
+    name_ids: Ids
+    background_class: int | None
+    background_name_id: int
+    foreign_name_ids: Ids
+    mask_values: int
+
+    @property
+    def foreground(self) -> Ids:
+        """Class numbers without the background."""
+        classes = np.arange(len(self.name_ids))
+        return classes if self.background_class is None else np.delete(classes, self.background_class)
+
+
+@dataclass(frozen=True)
+class Query:
+    """K slots. A slot's place says nothing: slots are shuffled.
+
+    ``name_ids`` int64 [K] into the table of names, ``colour_ids`` int64 [K] into the palette, no colour
+    twice; ``label_map`` uint8 [256 or 65536]: mask value -> slot, 255 where ignored; ``frequencies``
+    float64 [K]: share of the corpus' labelled training pixels in the slot, -1 for foreign slots.
+    """
+
+    name_ids: Ids
+    colour_ids: Ids
+    label_map: npt.NDArray[np.uint8]
+    frequencies: npt.NDArray[np.float64]
+
+
+def name_table(manifests: Sequence[Manifest]) -> tuple[str, ...]:
+    """All class names of the corpora and ``background``, sorted."""
+    return tuple(sorted({BACKGROUND}.union(*(manifest.vocabulary for manifest in manifests))))
+
+
+def query_vocabulary(manifest: Manifest, manifests: Sequence[Manifest], names: Sequence[str]) -> QueryVocabulary:
+    """The query vocabulary of one corpus of a mixture.
+
+    A name is foreign if some corpus of *another* domain has it and it can not be visible here: it is not in
+    the vocabulary, not in ``may_contain``, and no corpus of the same domain has it (two corpora of a domain
+    often have two words for one thing).
+    """
+    position = {name: number for number, name in enumerate(names)}
+    visible = {BACKGROUND, *manifest.vocabulary, *manifest.may_contain}
+    visible.update(*(other.vocabulary for other in manifests if other.domain == manifest.domain))
+    foreign = [position[name] for name in names if name not in visible]
+    own = manifest.vocabulary
+    return QueryVocabulary(
+        name_ids=np.array([position[name] for name in own], dtype=np.int64),
+        background_class=own.index(BACKGROUND) if BACKGROUND in own else None,
+        background_name_id=position[BACKGROUND],
+        foreign_name_ids=np.array(foreign, dtype=np.int64),
+        mask_values=manifest.ignore_id + 1,
+    )
+
+
+def class_frequencies(manifest: Manifest) -> npt.NDArray[np.float64]:
+    """Share of each class in the labelled pixels of a split, [classes]; zeros where nothing is labelled."""
+    pixels = np.array(manifest.statistics.class_pixels, dtype=np.float64)
+    shares: npt.NDArray[np.float64] = pixels / max(pixels.sum(), 1.0)
+    return shares
+
+
+def draw_query(
+    vocabulary: QueryVocabulary,
+    frequencies: npt.NDArray[np.float64],
+    settings: QueriesConfig,
+    rng: np.random.Generator,
+) -> Query:
+    """Draw the query of one sample; it depends on nothing but the arguments and the generator's state.
+
+    ``frequencies`` [classes] is shared out to the slots: dropped classes add to the background's.
+    """
+    kept, num_foreign = _draw_classes(vocabulary, settings, rng)
+    kept = _within(kept, vocabulary, settings.max_classes, rng)
+    has_background = vocabulary.background_class is not None or len(kept) < len(vocabulary.foreground)
+    num_foreign = min(num_foreign, settings.max_classes - len(kept) - int(has_background))
+    foreign = rng.choice(vocabulary.foreign_name_ids, size=max(num_foreign, 0), replace=False)
+
+    name_ids = np.concatenate(
+        [vocabulary.name_ids[kept], foreign, [vocabulary.background_name_id] if has_background else []]
+    ).astype(np.int64)
+    slot_of = rng.permutation(len(name_ids))
+    label_map = np.full(vocabulary.mask_values, IGNORE_SLOT, dtype=np.uint8)
+    slot_frequencies = np.full(len(name_ids), -1.0)
+    if has_background:
+        slot = slot_of[-1]
+        label_map[: len(vocabulary.name_ids)] = slot
+        slot_frequencies[slot] = frequencies.sum() - frequencies[kept].sum()
+    label_map[kept] = slot_of[: len(kept)]
+    slot_frequencies[slot_of[: len(kept)]] = frequencies[kept]
+
+    shuffled = np.empty_like(name_ids)
+    shuffled[slot_of] = name_ids
+    colours = rng.permutation(settings.palette_size)[: len(name_ids)]
+    return Query(shuffled, colours.astype(np.int64), label_map, slot_frequencies)
+
+
+def class_weights(frequencies: npt.NDArray[np.float64], exponent: float, maximum: float) -> npt.NDArray[np.float32]:
+    """Loss weights [K] of a query's slots: min(maximum, f_c^-e / sum_j f_j^(1-e)), and 1 for foreign slots
+    (f = -1).
+
+    The mean weight of a labelled pixel is 1 before the cut-off. ``exponent`` 0 weighs all pixels alike.
+    """
+    weights = np.ones(len(frequencies), dtype=np.float32)
+    own = frequencies >= 0
+    shares = frequencies[own]
+    if shares.sum() > 0:
+        shares = np.maximum(shares / shares.sum(), 1e-9)
+        weights[own] = np.minimum(maximum, shares**-exponent / np.sum(shares ** (1 - exponent)))
+    return weights
+
+
+def _draw_classes(vocabulary: QueryVocabulary, settings: QueriesConfig, rng: np.random.Generator) -> tuple[Ids, int]:
+    """(foreground classes that are kept, number of foreign names)."""
+    foreground = vocabulary.foreground
+    if rng.random() >= settings.sub_vocabulary_p:
+        return foreground, 0
+    available = min(settings.max_foreign, len(vocabulary.foreign_name_ids))
+    num_foreign = int(rng.integers(1, available + 1)) if available else 0
+    if len(foreground) > 1:
+        size = int(rng.integers(1, len(foreground)))
+        kept = np.sort(rng.choice(foreground, size=size, replace=False))
+        return kept, num_foreign if rng.random() < settings.foreign_p else 0
+    # Without a single name but the background there would be nothing to decide.
+    keep = rng.random() < settings.foreground_p or num_foreign == 0
+    return foreground if keep else foreground[:0], num_foreign
+
+
+def _within(kept: Ids, vocabulary: QueryVocabulary, max_classes: int, rng: np.random.Generator) -> Ids:
+    """So many of the classes that they and the background fit; chance decides, not what the mask shows."""
+    dropped = vocabulary.background_class is not None or len(kept) < len(vocabulary.foreground)
+    if len(kept) + int(dropped) <= max_classes:
+        return kept
+    return np.sort(rng.choice(kept, size=max_classes - 1, replace=False))

@@ -1,0 +1,123 @@
+"""One small view of a folder of files, local or behind any fsspec URL (``s3://``, ``gs://``, ``memory://``)."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from digseg.errors import DigSegError
+
+
+class Storage:
+    """A root folder. Paths below it are relative and use ``/``.
+
+    Local files are read with ``os.pread``. A remote file system is opened on first use in each process,
+    because its connections do not survive a fork or a pickle.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        text = str(root)
+        self.is_local = "://" not in text or text.startswith("file://")
+        self.root = str(Path(text.removeprefix("file://")).absolute()) if self.is_local else text.rstrip("/")
+        self._remote: Any = None
+        self._remote_pid = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_remote": None, "_remote_pid": -1}
+
+    def url(self, path: str) -> str:
+        """The full name of a file below the root, for messages and for opening it elsewhere."""
+        return f"{self.root}/{path}" if path else self.root
+
+    def read(self, path: str) -> bytes:
+        """All bytes of a file. Raises FileNotFoundError."""
+        if self.is_local:
+            return Path(self.url(path)).read_bytes()
+        return bytes(self._fs().cat_file(self.url(path)))
+
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file in one request; fewer where the file ends before."""
+        if not self.is_local:
+            return bytes(self._fs().cat_file(self.url(path), start=start, end=end))
+        descriptor = os.open(self.url(path), os.O_RDONLY)
+        try:
+            return os.pread(descriptor, end - start, start)
+        finally:
+            os.close(descriptor)
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file, or None where there is no such file."""
+        try:
+            return Path(self.url(path)).stat().st_size if self.is_local else int(self._fs().size(self.url(path)))
+        except FileNotFoundError:
+            return None
+
+    def folders(self, path: str = "") -> list[str]:
+        """Sorted names of the folders directly below ``path``; empty where there is none."""
+        return self._list(path, "directory")
+
+    def files(self, path: str = "") -> list[str]:
+        """Sorted names of the files directly below ``path``; empty where there is none."""
+        return self._list(path, "file")
+
+    def _list(self, path: str, kind: str) -> list[str]:
+        if self.is_local:
+            folder = Path(self.url(path))
+            entries = sorted(folder.iterdir()) if folder.is_dir() else []
+            return [entry.name for entry in entries if entry.is_dir() == (kind == "directory")]
+        try:
+            listing = self._fs().ls(self.url(path), detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(Path(entry["name"]).name for entry in listing if entry["type"] == kind)
+
+    def remove(self, path: str) -> None:
+        """Remove a file if it is there."""
+        if self.is_local:
+            Path(self.url(path)).unlink(missing_ok=True)
+        elif self._fs().exists(self.url(path)):
+            self._fs().rm_file(self.url(path))
+
+    def write(self, path: str, content: bytes) -> None:
+        """Publish a file whole: by rename locally, by a single put on an object store."""
+        if self.is_local:
+            target = Path(self.url(path))
+            temporary = self._temporary(target)
+            temporary.write_bytes(content)
+            temporary.replace(target)
+        else:
+            self._fs().pipe_file(self.url(path), content)
+
+    def publish(self, source: Path, path: str) -> None:
+        """Move a finished local file to ``path``: nobody ever sees a part of it. ``source`` is gone after."""
+        if not self.is_local:
+            self._fs().put_file(str(source), self.url(path))
+            source.unlink()
+            return
+        target = Path(self.url(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+
+    def scratch(self, path: str) -> Path:
+        """A new local name to build ``path`` under before :meth:`publish`; on its disk if that is local."""
+        if self.is_local:
+            return self._temporary(Path(self.url(path)))
+        return self._temporary(Path(os.environ.get("TMPDIR", "/tmp")) / Path(path).name)
+
+    @staticmethod
+    def _temporary(target: Path) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.part")
+
+    def _fs(self) -> Any:
+        if self._remote_pid != os.getpid():
+            try:
+                self._remote, _ = fsspec.core.url_to_fs(self.root)
+            except (ImportError, ValueError) as error:
+                raise DigSegError(f"cannot open {self.root}: {error}") from error
+            self._remote_pid = os.getpid()
+        return self._remote
