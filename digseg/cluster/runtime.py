@@ -65,7 +65,8 @@ def _start(cluster: ClusterConfig | None) -> None:
         # More workers than cores is slow but runs; with fewer CPUs than workers Ray would wait for ever.
         num_cpus=max(cores, wanted),
         include_dashboard=False,
-        logging_level=logging.WARNING,
+        # The only warning of a sound start is that a token was made, which needs nothing of the user.
+        logging_level=logging.ERROR,
     )
 
 

@@ -134,7 +134,7 @@ class TrainingData:
             self._rng(position, _QUERY),
         )
         image, labels = training_crop(
-            sample.image, query.label_map[sample.mask], self._transforms[number], self._rng(position, _CROP)
+            sample.image, sample.mask, query.label_map, self._transforms[number], self._rng(position, _CROP)
         )
         return TrainingSample(position, self._name(number, sample.key), image, labels, query, corrupt)
 

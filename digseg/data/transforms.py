@@ -46,30 +46,31 @@ class TransformSettings:
 
 def training_crop(
     image: npt.NDArray[np.uint8],
-    labels: npt.NDArray[np.uint8],
+    mask: npt.NDArray[Any],
+    label_map: npt.NDArray[np.uint8],
     settings: TransformSettings,
     rng: np.random.Generator,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-    """A random crop of an image [h, w, 3] and its labels [H, W]; the two may differ in size by a common
-    factor.
+    """A random crop of an image [h, w, 3] and its mask [H, W]; the two may differ in size by a common factor.
 
-    The image is resampled bilinearly with antialiasing, labels by nearest neighbour. Where the resized
-    image is smaller than the crop, the image is padded with 0 (grey) and labels with 255.
+    The image is resampled bilinearly with antialiasing, the mask by nearest neighbour, its values turned into
+    labels by ``label_map``. Where the resized image is smaller than the crop, the image is padded with 0 (grey)
+    and labels with 255.
 
     Returns:
         float32 [3, C, C] in [-1, 1] and uint8 [C, C], C = crop_size.
     """
     crop = settings.crop_size
-    height, width = labels.shape
+    height, width = mask.shape
     ratio = settings.short_side * rng.uniform(*settings.scale) / min(height, width)
     down = _place(max(1, round(height * ratio)), crop, rng)
     right = _place(max(1, round(width * ratio)), crop, rng)
 
     window = np.s_[down.start : down.start + down.length, right.start : right.start + right.length]
     pixels = np.zeros((crop, crop, 3), dtype=np.float32)
-    pixels[window] = _jitter(_resample(image, down, right, Image.Resampling.BILINEAR), settings.colour_jitter, rng)
+    pixels[window] = _jitter(_resized(image, down, right), settings.colour_jitter, rng)
     target = np.full((crop, crop), IGNORE_LABEL, dtype=np.uint8)
-    target[window] = _resample(labels, down, right, Image.Resampling.NEAREST)
+    target[window] = label_map[mask[np.ix_(_nearest(down, height), _nearest(right, width))]]
 
     if settings.flip:
         pixels, target = _turn(pixels, target, settings.upright, rng)
@@ -93,14 +94,28 @@ def _place(resized: int, crop: int, rng: np.random.Generator) -> _Placement:
     return _Placement(begin / resized, (begin + crop) / resized, 0, crop)
 
 
-def _resample(
-    array: npt.NDArray[np.uint8], down: _Placement, right: _Placement, method: Image.Resampling
-) -> npt.NDArray[np.uint8]:
-    """The placed part of an array, resized to where it lands: nothing outside the crop is ever resampled."""
-    height, width = array.shape[:2]
-    box = (right.begin * width, down.begin * height, right.end * width, down.end * height)
-    resized = Image.fromarray(array).resize((right.length, down.length), method, box=box)
-    return np.asarray(resized)
+def _resized(image: npt.NDArray[np.uint8], down: _Placement, right: _Placement) -> npt.NDArray[np.uint8]:
+    """The placed part of an image [h, w, 3], resized to where it lands; the rest of the image is not touched."""
+    (top, bottom, y), (left, end, x) = _neighbourhood(down, image.shape[0]), _neighbourhood(right, image.shape[1])
+    box = (x[0], y[0], x[1], y[1])
+    part = Image.fromarray(image[top:bottom, left:end])
+    return np.asarray(part.resize((right.length, down.length), Image.Resampling.BILINEAR, box=box))
+
+
+def _neighbourhood(place: _Placement, length: int) -> tuple[int, int, tuple[float, float]]:
+    """[first, last) source pixels that the filter reads, and the placed interval counted from the first."""
+    begin, end = place.begin * length, place.end * length
+    # The triangle filter reaches one target pixel beyond the interval; one more for rounding.
+    reach = max((end - begin) / place.length, 1.0) + 1
+    first, last = max(0, math.floor(begin - reach)), min(length, math.ceil(end + reach))
+    return first, last, (begin - first, min(end - first, last - first))
+
+
+def _nearest(place: _Placement, length: int) -> npt.NDArray[np.int64]:
+    """For every target pixel the source pixel that holds its centre."""
+    step = (place.end - place.begin) * length / place.length
+    centres = place.begin * length + (np.arange(place.length) + 0.5) * step
+    return np.minimum(centres.astype(np.int64), length - 1)
 
 
 def _jitter(image: npt.NDArray[np.uint8], strength: float, rng: np.random.Generator) -> npt.NDArray[np.float32]:
