@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from digseg.data.corpus import ShardedCorpus
+from digseg.data.corpus import CorruptSampleError, ShardedCorpus
 from digseg.errors import DigSegError, nearest
 from digseg.evaluation.inference import Prediction
 from digseg.evaluation.metrics import ConfusionMatrix
@@ -60,7 +60,7 @@ def count_samples(
     """One confusion matrix for each wording of the vocabulary, over the given samples; each is read once.
 
     Raises:
-        DigSegError: a wording that does not name every class of the vocabulary.
+        DigSegError: a wording that does not name every class of the vocabulary, or a damaged sample.
     """
     manifest = corpus.manifest
     for wording in wordings:
@@ -71,7 +71,10 @@ def count_samples(
             )
     matrices = [ConfusionMatrix(len(wording), ignore_id=manifest.ignore_id) for wording in wordings]
     for index in samples:
-        sample = corpus.read(index)
+        try:
+            sample = corpus.read(index)
+        except CorruptSampleError as error:
+            raise DigSegError(f"{error}; run data_prep/shard.py again to mend it") from error
         for wording, matrix in zip(wordings, matrices, strict=True):
             matrix.update(sample.mask, predictor.predict(sample.image, wording).mask)
     return matrices

@@ -76,10 +76,14 @@ def directory_digest(directory: Path) -> str:
     """sha256 over the relative names and contents of all files below `directory`."""
     total = hashlib.sha256()
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
+        total.update(f"{path.relative_to(directory).as_posix()}\0{file_digest(path)}\n".encode())
     return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git(root: Path, *arguments: str) -> str | None:

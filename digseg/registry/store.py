@@ -7,6 +7,7 @@ import logging
 import os
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,8 +63,11 @@ def connect(uri: str, *, create: bool = False) -> MlflowClient:
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)
+        with warnings.catch_warnings():
+            # Loading the store makes SQLAlchemy warn about what MLflow uses of it.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            client.search_experiments(max_results=1)
     except MlflowException as error:
         raise DigSegError(f"the MLflow store {uri} cannot be used: {first_line(error)}") from error
     return client

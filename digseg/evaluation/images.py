@@ -1,0 +1,61 @@
+"""Images and class names as users hand them in, and masks as they get them back."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from digseg.errors import DigSegError
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """The image of a file, uint8 [H, W, 3] RGB, turned upright as its EXIF orientation says.
+
+    Raises:
+        DigSegError: no such file, not an image, or a damaged one.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DigSegError(f"cannot read image {path}: {error.strerror or error}") from None
+    return decode_image(content, str(path))
+
+
+def decode_image(content: bytes, where: str) -> NDArray[np.uint8]:
+    """The image of a file's bytes, uint8 [H, W, 3] RGB; `where` names it in errors.
+
+    Raises:
+        DigSegError: not an image, or a damaged one.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.array(_eight_bit(ImageOps.exif_transpose(image)).convert("RGB"))
+    except UnidentifiedImageError:
+        raise DigSegError(f"{where}: not an image (expected PNG, JPEG or another format that Pillow reads)") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DigSegError(f"{where}: damaged image ({error}); it cannot be decoded to its end") from None
+
+
+def split_classes(text: str) -> list[str]:
+    """Class names from "road, car, sky"; empty names stay, so that they can be reported."""
+    return [name.strip() for name in text.split(",")] if text.strip() else []
+
+
+def png_bytes(mask: NDArray[np.uint8]) -> bytes:
+    """A mask [H, W] as an 8-bit greyscale PNG of its ids."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit and float greyscale scaled so that its brightest pixel is white; Pillow's own conversion
+    clips."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    return Image.fromarray((values / max(values.max(), 1.0) * 255).round().clip(0, 255).astype(np.uint8))

@@ -1,0 +1,1 @@
+"""Prediction for users: files in, masks out."""
