@@ -1,0 +1,127 @@
+"""What all painters share: noise, colours, a canvas of pixels and labels, the camera's faults."""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+Float = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
+Bool = npt.NDArray[np.bool_]
+Rng = np.random.Generator
+
+
+@dataclass
+class Canvas:
+    """A picture while it is painted: ``image`` float32 [H, W, 3] in 0..1, ``labels`` uint8 [H, W]."""
+
+    image: Float
+    labels: UInt8
+
+    @classmethod
+    def empty(cls, height: int, width: int, label: int) -> Canvas:
+        image = np.zeros((height, width, 3), np.float32)
+        return cls(image, np.full((height, width), label, np.uint8))
+
+    @property
+    def height(self) -> int:
+        return int(self.labels.shape[0])
+
+    @property
+    def width(self) -> int:
+        return int(self.labels.shape[1])
+
+    def cover(self, where: Bool, colour: npt.ArrayLike, label: int | None) -> None:
+        """Paint ``where`` [H, W] with one colour or with an image [H, W, 3] of colours."""
+        paint = np.asarray(colour, np.float32)
+        self.image[where] = paint[where] if paint.ndim == 3 else paint
+        if label is not None:
+            self.labels[where] = label
+
+    def stamp(self, top: int, left: int, alpha: Float, colour: Float, label: int | None) -> None:
+        """Lay a patch (alpha [h, w], colour [h, w, 3] or [3]) over the picture, cut at its borders.
+
+        The label changes where the patch hides more than half of what is below it.
+        """
+        h, w = alpha.shape
+        y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + h, self.height), min(left + w, self.width)
+        if y0 >= y1 or x0 >= x1:
+            return
+        part = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
+        cut = alpha[part][..., None]
+        paint = colour[part] if colour.ndim == 3 else colour
+        self.image[y0:y1, x0:x1] += cut * (paint - self.image[y0:y1, x0:x1])
+        if label is not None:
+            self.labels[y0:y1, x0:x1][cut[..., 0] > 0.5] = label
+
+    def shade(self, top: int, left: int, factor: Float) -> None:
+        """Multiply a patch [h, w] of light into the picture (shadows), cut at its borders."""
+        h, w = factor.shape
+        y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + h, self.height), min(left + w, self.width)
+        if y0 < y1 and x0 < x1:
+            part = factor[y0 - top : y1 - top, x0 - left : x1 - left]
+            self.image[y0:y1, x0:x1] *= part[..., None]
+
+
+def noise(rng: Rng, height: int, width: int, cell: float, octaves: int = 3, stretch: float = 1.0) -> Float:
+    """Value noise float32 [H, W] of mean 0 and deviation 1; ``cell`` is the largest detail in pixels.
+
+    ``stretch`` makes details that many times wider than high.
+    """
+    total = np.zeros((height, width), np.float32)
+    for octave in range(octaves):
+        size = max(cell / 2**octave, 1.0)
+        rows, columns = int(height / size) + 3, int(width / (size * stretch)) + 3
+        grid = rng.standard_normal((rows, columns), np.float32)
+        box = (1.0, 1.0, 1.0 + width / (size * stretch), 1.0 + height / size)
+        smooth = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC, box=box)
+        total += np.asarray(smooth, np.float32) * 0.55**octave
+    total -= total.mean()
+    scaled: Float = total / max(float(total.std()), 1e-6)
+    return scaled
+
+
+def hsv(hue: float, saturation: float, value: float) -> Float:
+    """RGB float32 [3] of a hue (any real, 1 is a full turn), saturation and value in 0..1."""
+    return np.array(colorsys.hsv_to_rgb(hue % 1.0, min(saturation, 1.0), min(value, 1.0)), np.float32)
+
+
+def textured(colour: Float, grain: Float, strength: float) -> Float:
+    """A colour [3] under a texture [H, W]: [H, W, 3]."""
+    return colour * (1.0 + strength * grain)[..., None]
+
+
+def blend(first: Float, second: Float, amount: Float) -> Float:
+    """Between two colours or images by ``amount`` [H, W] in 0..1."""
+    mixed: Float = first + (second - first) * amount[..., None]
+    return mixed
+
+
+def grid(height: int, width: int) -> tuple[Float, Float]:
+    """Row and column of each pixel, float32 [H, W] each."""
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
+    return rows, columns
+
+
+def photograph(rng: Rng, image: Float, blur: tuple[float, float], grain: tuple[float, float]) -> UInt8:
+    """What a camera makes of the painted light: blur (pixels), vignette, exposure, white balance, noise.
+
+    Returns uint8 [H, W, 3].
+    """
+    height, width = image.shape[:2]
+    sigma = rng.uniform(*blur)
+    image = gaussian_filter(image, (sigma, sigma, 0))
+    rows, columns = grid(height, width)
+    radius = ((rows / height - 0.5) ** 2 + (columns / width - 0.5) ** 2) * 2
+    image = image * (1.0 - rng.uniform(0.0, 0.35) * radius)[..., None]
+    image = image * (rng.uniform(0.82, 1.15) * (1.0 + rng.normal(0.0, 0.035, 3)).astype(np.float32))
+    image = np.clip(image, 0.0, 1.0) ** rng.uniform(0.85, 1.2)
+    strength = rng.uniform(*grain)
+    shot = np.sqrt(0.3 + image) * rng.standard_normal(image.shape, np.float32)
+    image = image + strength * shot
+    return (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
