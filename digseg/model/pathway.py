@@ -50,7 +50,7 @@ class Alignment(nn.Module):
         super().__init__()
         self.key = nn.Linear(query_dim, dim)
         self.bias = nn.Linear(query_dim, 1)
-        self.log_scale = nn.Parameter(torch.tensor(log_scale))
+        self.log_scale = nn.Parameter(torch.tensor([log_scale]))  # DeepSpeed cannot take 0-dim ones
 
     def forward(self, features: Tensor, queries: Tensor, mask: Tensor) -> Tensor:
         """``features [B, dim, H, W]``, ``queries [B, K, T]``, ``mask [B, K]`` -> float32 logits ``[B, K, H, W]``.
@@ -73,7 +73,7 @@ class Feedback(nn.Module):
         self.project = nn.Conv2d(channels, config.dim, 1)
         self.align = Alignment(token_dim, config.dim, config.query_scale)
         self.value = nn.Linear(token_dim, channels)
-        self.gate = nn.Parameter(torch.tensor(config.gate))
+        self.gate = nn.Parameter(torch.tensor([config.gate]))
 
     def forward(self, h: Tensor, tokens: Tensor, queries: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """``h [B, C, H, W]`` -> ``h`` with language added, and float32 logits ``[B, K, H, W]``."""

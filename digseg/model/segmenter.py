@@ -19,7 +19,7 @@ from digseg.model.text import TextEncoder, load_text_encoder
 FINAL_TIMESTEP = 999  # of the 1000 steps that Stable Diffusion's schedules have: pure noise
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks for tensors in vars(output)
 class SegmenterOutput:
     """What one pass gives for K classes."""
 

@@ -1,1 +1,1 @@
-"""The training loop: trainer, engine, schedule, averaged weights, checkpoints. Knows neither Ray nor MLflow."""
+"""The training loop: trainer, engine, schedule, averaged weights, checkpoints. No Ray, no MLflow."""

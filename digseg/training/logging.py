@@ -64,7 +64,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``, without a last line that was never finished; none if it is missing."""
+    """The lines of a ``metrics.jsonl``, less a last line never finished; none if it is missing."""
     if not path.exists():
         return []
     complete, _, _ = path.read_text().rpartition("\n")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +21,7 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -35,6 +40,39 @@ class World:
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
             device=default_device(local_rank),
         )
+
+    def join(self) -> None:
+        """Make the process group, where nobody made it yet: NCCL on GPUs, gloo on CPUs."""
+        if dist.is_initialized():
+            return
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size == 1:
+            # No port to choose, so nothing that could be taken.
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, value: _T) -> list[_T]:
+        """The ``value`` of every rank, on every rank (small Python objects)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the ranks; ``values`` is used up."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.world_size
+        return values
 
 
 def default_device(local_rank: int) -> torch.device:

@@ -1,0 +1,134 @@
+"""A run on disk: its directory, its result, and whether a configuration may continue it.
+
+::
+
+    <run.storage>/<run.name>/config.yaml      the resolved configuration
+                             checkpoints/     see digseg.training.checkpoint
+                             metrics.jsonl    the loss curve
+                             model/           the exported model, once all steps are taken
+                             result.json      the TrainingResult, once the model is there
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from digseg.config import Config, dump_config
+from digseg.errors import DigSegError
+from digseg.training.checkpoint import published_state
+from digseg.training.logging import read_metrics
+
+# Settings that say what the run is: the samples it sees, and the weights it has.
+_IDENTITY = ("model", "data", "run.seed", "training.global_batch_size")
+# Settings of the data that change how it is read, not what is read.
+_READING = ("root", "workers", "prefetch", "decoded_cache_mb", "max_corrupt")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What a finished run gave. ``first_loss`` is step 1's, ``last_loss`` the mean of the last window."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    images_per_second: float
+    checkpoint_dir: str
+    model_dir: str
+    world_size: int
+    zero_stage: int
+
+
+class RunDirectory:
+    """The paths of a run and the small files that tell of it."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.run.storage) / config.run.name
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.model = self.path / "model"
+        self._result = self.path / "result.json"
+
+    def write_config(self, config: Config) -> None:
+        """Make the directory and leave the resolved configuration in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.path / "config.yaml", dump_config(config))
+        # A run that is continued with more steps is not finished any more.
+        self._result.unlink(missing_ok=True)
+
+    def write_result(self, result: TrainingResult) -> None:
+        """Mark the run as finished."""
+        _write(self._result, json.dumps(asdict(result), indent=2, sort_keys=True) + "\n")
+
+    def result(self) -> TrainingResult | None:
+        """The result of the finished run, else None."""
+        try:
+            return TrainingResult(**json.loads(self._result.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def finished_result(config: Config) -> TrainingResult | None:
+    """The result of a run that has already taken ``training.steps`` steps, else None.
+
+    Raises:
+        DigSegError: the run of this name was another one (see :func:`check_continues`).
+    """
+    directory = RunDirectory(config)
+    state = published_state(directory.checkpoints)
+    if state is not None:
+        check_continues(state, config)
+    result = directory.result()
+    return result if result is not None and result.steps >= config.training.steps else None
+
+
+def check_continues(state: Mapping[str, Any], config: Config) -> None:
+    """Refuse to continue a checkpoint's run with settings that make it another run.
+
+    Raises:
+        DigSegError: names every differing key with both values.
+    """
+    before, now = _identity(state["config"]), _identity(config.model_dump(mode="json"))
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if differing:
+        changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
+        raise DigSegError(
+            f"run {config.run.name!r} in {config.run.storage} cannot go on: {changes}. "
+            "Choose another run.name, or set these keys back"
+        )
+
+
+def summarise(metrics_path: Path) -> tuple[float, float, float]:
+    """First and last loss and the median images/s of a run's ``metrics.jsonl``.
+
+    The first line is left out of the rate where there are others: its step pays for the start-up.
+    """
+    lines = read_metrics(metrics_path)
+    rates = [line["images_per_second"] for line in lines]
+    return lines[0]["loss"], lines[-1]["loss"], median(rates[1:] or rates)
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section in _IDENTITY:
+        value: Any = config
+        for key in section.split("."):
+            value = value[key]
+        flat |= _flattened(value, section)
+    return {key: value for key, value in flat.items() if key not in {f"data.{name}" for name in _READING}}
+
+
+def _flattened(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, part in value.items() for k, v in _flattened(part, f"{path}.{key}").items()}
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,303 @@
+"""The training loop: train -> train_step -> forward_backward."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digseg.config import Config
+from digseg.console import ProgressHandle, progress, say
+from digseg.data.loader import Batch, TrainingData, training_batches
+from digseg.errors import DigSegError
+from digseg.model.export import export_model
+from digseg.model.segmenter import build_segmenter
+from digseg.model.text import build_text_table, load_text_encoder
+from digseg.model.training_module import SegmenterLoss
+from digseg.training.checkpoint import Checkpoint, CheckpointStore, check_same_layout
+from digseg.training.deepspeed_config import micro_batches
+from digseg.training.ema import WeightAverage, merged_weights, shares_state
+from digseg.training.engine import Engine
+from digseg.training.logging import MetricsFile, NullLogger, RunLogger
+from digseg.training.run import RunDirectory, TrainingResult, check_continues, finished_result, summarise
+from digseg.training.schedule import learning_rate
+from digseg.training.window import MetricsWindow
+from digseg.training.world import World
+
+_SEGMENTER = "segmenter."  # prefix of the segmenter's parameters in SegmenterLoss
+
+
+class Trainer:
+    """One process of a training run. All ranks build one and call :meth:`train`.
+
+    The run's directory is ``run.storage/run.name``; a run that was interrupted there goes on from its newest
+    intact checkpoint. Nothing in here draws random numbers: data and initial weights are functions of the
+    seed, so the same configuration gives the same losses, interrupted or not.
+
+    Args:
+        logger: takes the figures of rank 0; unused on other ranks.
+        show_progress: whether rank 0 shows a progress bar (a driver may do that itself).
+    """
+
+    def __init__(
+        self, config: Config, world: World, logger: RunLogger | None = None, show_progress: bool = True
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.logger = logger if logger is not None and world.is_main else NullLogger()
+        self.directory = RunDirectory(config)
+        self._show_progress = show_progress and world.is_main
+        self._metrics_file = MetricsFile(self.directory.metrics)
+        self._micro_batch_size, self._num_micro_batches = micro_batches(config, world.world_size)
+
+    def train(self) -> TrainingResult:
+        """Take all steps that are left, export the model, and return the run's result.
+
+        Raises:
+            DigSegError: shards or settings do not allow it, the run of this name was another one, or the
+                loss is no longer finite.
+        """
+        finished = finished_result(self.config)
+        if finished is not None:
+            self._say(f"run {self.config.run.name!r} is finished: all {finished.steps} steps are taken")
+            return finished
+        self._set_up()
+        step = self._resume()
+        with self._logged_run(), self._progress(step) as bar:
+            for batch, data_wait_s in self._timed_batches(step):
+                losses = self.train_step(batch, step)
+                step += 1
+                self._window.add(losses, data_wait_s)
+                if step == 1 or step % self.config.training.log_every == 0 or self._is_last(step):
+                    bar.note(f"loss {self._log(step):.4f}")
+                bar.advance()
+                if step % self.config.training.checkpoint_every == 0 or self._is_last(step):
+                    self._save(step)
+            result = self._conclude()
+        self.engine.close()
+        return result
+
+    def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Take optimizer step ``step`` (0-based) with this rank's samples; the mean losses, on the device."""
+        rate = learning_rate(step, self.config.training)
+        losses: dict[str, Tensor] = {}
+        for micro_batch in batch.split(self._micro_batch_size):
+            for name, loss in self.forward_backward(micro_batch).items():
+                part = loss / self._num_micro_batches
+                losses[name] = losses[name] + part if name in losses else part
+            self.engine.step(rate)
+        if self.average is not None:
+            self.average.update(self.engine.shares())
+        return losses
+
+    def forward_backward(self, micro_batch: Batch) -> dict[str, Tensor]:
+        """Accumulate the gradient of one micro-batch; its losses, on the device."""
+        return self.engine.forward_backward(micro_batch.to(self.world.device, non_blocking=True))
+
+    def _set_up(self) -> None:
+        config, world = self.config, self.world
+        threads = config.training.threads or max(1, _num_cores() // world.local_world_size)
+        torch.set_num_threads(threads)
+        self.data = TrainingData(config.data, config.run.seed)
+        encoder = load_text_encoder(config.model.text)
+        self._text_fingerprint = encoder.fingerprint
+        self._text_table = build_text_table(self.data.names, encoder)
+        segmenter = build_segmenter(config, encoder)
+        self._buffers = {name: buffer.clone() for name, buffer in _persistent_buffers(segmenter)}
+        self.engine = Engine(SegmenterLoss(segmenter, config, self._text_table.embeddings), config, world)
+        ema = config.training.ema
+        self.average = WeightAverage(self.engine.shares(), ema.decay) if ema.enabled else None
+        self._window = MetricsWindow()
+        if world.is_main:
+            self.directory.write_config(config)
+        self._store = CheckpointStore(self.directory.checkpoints, world, config.training.keep_checkpoints)
+        self._checkpoint: Checkpoint | None = None
+
+    def _resume(self) -> int:
+        """Restore the newest intact checkpoint; the number of steps already taken."""
+        checkpoint = self._checkpoint = self._store.newest_intact()
+        step = 0
+        if checkpoint is not None:
+            check_continues(checkpoint.state, self.config)
+            self._check_same_data(checkpoint)
+            check_same_layout(checkpoint, self.world.world_size, self.config.training.zero_stage)
+            self.engine.load(checkpoint.path)
+            self._restore_rank(torch.load(_rank_file(checkpoint.path, self.world.rank), weights_only=True))
+            step = checkpoint.step
+            self._say(f"run {self.config.run.name!r} goes on after step {step}")
+        if self.world.is_main:
+            self._metrics_file.cut_after(step)
+        return step
+
+    def _save(self, step: int) -> None:
+        began = time.perf_counter()
+
+        def write(directory: Path) -> None:
+            self.engine.save(directory)
+            torch.save(self._rank_state(), _rank_file(directory, self.world.rank))
+
+        state = {
+            "zero_stage": self.config.training.zero_stage,
+            "config": self.config.model_dump(mode="json"),
+            "datasets": self._dataset_digests(),
+        }
+        self._checkpoint = self._store.save(step, write, state)
+        self._window.leave_out(time.perf_counter() - began)
+
+    def _rank_state(self) -> dict[str, Any]:
+        shares = shares_state(self.engine.shares()) if self.average is None else self.average.state_dict()
+        # The trainer draws nothing; a module with dropout would.
+        return {"weights": shares, "window": self._window.state_dict(), "rng": torch.get_rng_state()}
+
+    def _restore_rank(self, state: dict[str, Any]) -> None:
+        # A run may switch averaging on while it goes on: the average then starts from its weights.
+        if self.average is not None:
+            if "updates" in state["weights"]:
+                self.average.load_state_dict(state["weights"])
+            else:
+                self.average = WeightAverage(self.engine.shares(), self.config.training.ema.decay)
+        self._window.load_state_dict(state["window"])
+        torch.set_rng_state(state["rng"])
+
+    def _log(self, step: int) -> float:
+        """Close the window and record its figures; the mean loss. The only host sync of the loop."""
+        figures = self._window.close(self.world, self.config.training.global_batch_size)
+        figures["learning_rate"] = learning_rate(step - 1, self.config.training)
+        figures["gradient_norm"] = self.engine.gradient_norm()
+        if not math.isfinite(figures["loss"]):
+            raise DigSegError(
+                f"the loss is {figures['loss']} at step {step}: lower training.learning_rate (now "
+                f"{self.config.training.learning_rate:g}) or lengthen training.warmup_steps; the run goes on "
+                "from its last checkpoint when it is started again"
+            )
+        if self.world.is_main:
+            self._metrics_file.append(step, figures)
+            self.logger.metrics(step, figures)
+        return figures["loss"]
+
+    def _conclude(self) -> TrainingResult:
+        """Export the weights of the last checkpoint and write the result."""
+        assert self._checkpoint is not None
+        if self.world.is_main:
+            self._export(self._checkpoint)
+            first, last, rate = summarise(self.directory.metrics)
+            result = TrainingResult(
+                steps=self._checkpoint.step,
+                first_loss=first,
+                last_loss=last,
+                images_per_second=rate,
+                checkpoint_dir=str(self._checkpoint.path),
+                model_dir=str(self.directory.model),
+                world_size=self.world.world_size,
+                zero_stage=self.config.training.zero_stage,
+            )
+            self.directory.write_result(result)
+        self.world.barrier()
+        finished = self.directory.result()
+        assert finished is not None
+        return finished
+
+    def _export(self, checkpoint: Checkpoint) -> None:
+        files = [_rank_file(checkpoint.path, rank) for rank in range(self.world.world_size)]
+        weights = merged_weights(torch.load(file, weights_only=True)["weights"] for file in files)
+        state = {name.removeprefix(_SEGMENTER): weight for name, weight in weights.items()}
+        metadata = {
+            "run": self.config.run.name,
+            "step": checkpoint.step,
+            "checkpoint": str(checkpoint.path),
+            "checkpoint_digest": checkpoint.digest,
+            "averaged_weights": self.average is not None,
+            "datasets": self._dataset_digests(),
+            "world_size": self.world.world_size,
+            "zero_stage": self.config.training.zero_stage,
+        }
+        export_model(
+            self.directory.model,
+            state | self._buffers,
+            self.config,
+            self._text_table,
+            self._text_fingerprint,
+            metadata,
+        )
+
+    def _dataset_digests(self) -> dict[str, str]:
+        return {f"{m.corpus}/{m.split}": m.digest for m in self.data.manifests}
+
+    def _check_same_data(self, checkpoint: Checkpoint) -> None:
+        before, now = checkpoint.state["datasets"], self._dataset_digests()
+        changed = sorted(name for name in now if before.get(name) != now[name])
+        if changed:
+            raise DigSegError(
+                f"the shards of {', '.join(changed)} in {self.config.data.root} changed since {checkpoint.path} "
+                "was written, so its place in the data means nothing now; choose another run.name, or "
+                "point data.root at the former shards"
+            )
+
+    def _timed_batches(self, start: int) -> Iterator[tuple[Batch, float]]:
+        """The batches of the steps that are left, each with the seconds it was waited for."""
+        batches = training_batches(
+            self.data,
+            self.config,
+            self.world.rank,
+            self.world.world_size,
+            start,
+            max(0, self.config.training.steps - start),
+        )
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch, time.perf_counter() - began
+
+    @contextmanager
+    def _logged_run(self) -> Iterator[None]:
+        self.logger.start(self.config.model_dump(mode="json"), self._dataset_digests())
+        try:
+            yield
+        except BaseException:
+            self.logger.finish("failed")
+            raise
+        self.logger.finish("finished")
+
+    def _progress(self, start: int) -> AbstractContextManager[ProgressHandle]:
+        if self._show_progress:
+            return progress("training", self.config.training.steps, "steps", start)
+        return nullcontext(_Silent())
+
+    def _is_last(self, step: int) -> bool:
+        return step == self.config.training.steps
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            say(text)
+
+
+class _Silent:
+    """Progress of the ranks that show none."""
+
+    def advance(self, n: int = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    parameters = dict(module.named_parameters())
+    return ((name, value) for name, value in module.state_dict().items() if name not in parameters)
+
+
+def _rank_file(directory: Path, rank: int) -> Path:
+    return directory / f"rank-{rank:05d}.pt"

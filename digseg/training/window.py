@@ -1,0 +1,66 @@
+"""The figures of a logging window, gathered without making the host wait for the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digseg.training.world import World
+
+
+class MetricsWindow:
+    """Sums over the steps since figures were last logged.
+
+    Losses stay tensors until :meth:`close`, which is the only place that waits for the device. The sums
+    belong to the checkpoint, so that a curve is the same whether or not the run was interrupted inside a
+    window; the times do not.
+    """
+
+    def __init__(self) -> None:
+        self._losses: dict[str, Tensor] = {}
+        self._steps = 0
+        self._restart_clock()
+
+    def add(self, losses: Mapping[str, Tensor], data_wait_s: float) -> None:
+        """Count one step with its losses (scalars) and the time it waited for data."""
+        for name, loss in losses.items():
+            self._losses[name] = self._losses[name] + loss if name in self._losses else loss
+        self._steps += 1
+        self._timed_steps += 1
+        self._data_wait_s += data_wait_s
+
+    def leave_out(self, seconds: float) -> None:
+        """Take time that was not training (a checkpoint) out of the window."""
+        self._start += seconds
+
+    def close(self, world: World, global_batch_size: int) -> dict[str, float]:
+        """Mean losses over the window's steps and all ranks, and this rank's rates; starts a new window."""
+        names = sorted(self._losses)
+        sums = torch.stack([self._losses[name].float() for name in names])
+        means = (world.mean(sums) / self._steps).tolist()
+        elapsed_s = time.perf_counter() - self._start
+        figures = dict(zip(names, means, strict=True))
+        figures["images_per_second"] = global_batch_size * self._timed_steps / elapsed_s
+        figures["step_time_s"] = elapsed_s / self._timed_steps
+        figures["data_wait_share"] = self._data_wait_s / elapsed_s
+        self._losses, self._steps = {}, 0
+        self._restart_clock()
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open window's sums, for a checkpoint."""
+        return {"losses": dict(self._losses), "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a saved window; its clock starts now."""
+        self._losses, self._steps = dict(state["losses"]), state["steps"]
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._start = time.perf_counter()
+        self._timed_steps = 0
+        self._data_wait_s = 0.0
