@@ -13,6 +13,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.context import ForkServerContext
 
 import numpy as np
 import numpy.typing as npt
@@ -264,11 +265,18 @@ def _loader(data: TrainingData, config: Config, positions: StepPositions) -> Dat
         collate_fn=partial(collate, exponent=config.objective.balance_exponent, maximum=config.objective.balance_max),
         num_workers=workers,
         prefetch_factor=config.data.prefetch if workers else None,
-        # Forking a process that runs threads (gloo, Ray, an object store's client) can deadlock.
-        multiprocessing_context=multiprocessing.get_context("forkserver") if workers else None,
+        multiprocessing_context=_worker_processes() if workers else None,
         # Without a generator of its own the loader would draw from torch's global one.
         generator=torch.Generator(),
     )
+
+
+def _worker_processes() -> ForkServerContext:
+    """How loader processes start: forking a process with threads (gloo, Ray, object stores) can deadlock."""
+    context = multiprocessing.get_context("forkserver")
+    # The server imports torch once and all workers are forked from it.
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def collate(samples: Sequence[TrainingSample], exponent: float, maximum: float) -> Batch:

@@ -1,0 +1,208 @@
+import logging
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from shard_writing import data_config, noise_samples, write_split
+
+from digseg.config import Config
+from digseg.data.corpus import ShardedCorpus
+from digseg.data.loader import Batch, TrainingData, training_batches
+from digseg.data.queries import class_weights
+from digseg.errors import DigSegError
+
+SHORE = ("sand", "rock", "moss")
+CELLS = ("background", "nucleus")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shards")
+    write_split(root, "shore", noise_samples(10, 3), SHORE)
+    write_split(root, "cells", noise_samples(7, 2, seed=1, size=(30, 30)), CELLS, domain="medical")
+    return root
+
+
+def config(root: Path, **data: object) -> Config:
+    return data_config(root, [{"name": "shore", "weight": 2}, {"name": "cells"}], **data)
+
+
+def batches(config: Config, rank: int = 0, world_size: int = 1, start: int = 0, steps: int = 4) -> list[Batch]:
+    return list(training_batches(TrainingData(config.data, seed=3), config, rank, world_size, start, steps))
+
+
+def rows(batch: Batch) -> list[tuple[object, ...]]:
+    """Everything of each sample but the padding, which depends on its neighbours."""
+    used = (batch.query_ids >= 0).sum(dim=1)
+    return [
+        (
+            batch.keys[row],
+            int(batch.positions[row]),
+            batch.images[row].numpy().tobytes(),
+            batch.labels[row].numpy().tobytes(),
+            tuple(batch.query_ids[row, : used[row]].tolist()),
+            tuple(batch.colour_ids[row, : used[row]].tolist()),
+            tuple(batch.class_weights[row, : used[row]].tolist()),
+        )
+        for row in range(len(batch))
+    ]
+
+
+def test_batch_has_the_promised_shapes_and_ranges(root: Path) -> None:
+    data = TrainingData(config(root).data, seed=3)
+    assert data.names == ("background", "moss", "nucleus", "rock", "sand")
+    for batch in batches(config(root)):
+        slots = batch.query_ids.shape[1]
+        assert batch.images.shape == (8, 3, 32, 32)
+        assert batch.images.dtype == torch.float32
+        assert -1 <= batch.images.min() <= batch.images.max() <= 1
+        assert batch.labels.shape == (8, 32, 32)
+        assert batch.labels.dtype == torch.int64
+        assert batch.colour_ids.shape == batch.class_weights.shape == (8, slots)
+        assert batch.query_ids.max() < len(data.names)
+        padded = batch.query_ids < 0
+        assert (batch.colour_ids[padded] == 0).all()
+        assert (batch.class_weights[padded] == 1).all()
+        for row in range(8):
+            labels = batch.labels[row]
+            assert set(labels.unique().tolist()) <= {*range(int((batch.query_ids[row] >= 0).sum())), 255}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_batches_are_the_same_for_every_world_size(root: Path, world_size: int) -> None:
+    alone = [row for batch in batches(config(root)) for row in rows(batch)]
+    ranks = [batches(config(root), rank, world_size) for rank in range(world_size)]
+    together = [row for step in zip(*ranks, strict=True) for batch in step for row in rows(batch)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("start", [1, 3])
+def test_resuming_at_any_step_gives_the_batches_of_an_undisturbed_run(root: Path, start: int) -> None:
+    undisturbed = batches(config(root), steps=5)
+    resumed = batches(config(root), start=start, steps=5 - start)
+    assert [rows(batch) for batch in resumed] == [rows(batch) for batch in undisturbed[start:]]
+
+
+@pytest.mark.cluster
+def test_loader_processes_change_nothing(root: Path) -> None:
+    plain = [rows(batch) for batch in batches(config(root))]
+    assert [rows(batch) for batch in batches(config(root, workers=2))] == plain
+
+
+def test_cache_changes_nothing(root: Path) -> None:
+    plain = [rows(batch) for batch in batches(config(root))]
+    assert [rows(batch) for batch in batches(config(root, decoded_cache_mb=1))] == plain
+
+
+def test_steps_consume_consecutive_positions(root: Path) -> None:
+    seen = torch.cat([batch.positions for batch in batches(config(root), start=2, steps=3)])
+    assert seen.tolist() == list(range(16, 40))
+
+
+def test_seed_changes_order_and_crops(root: Path) -> None:
+    one, other = (TrainingData(config(root).data, seed) for seed in (1, 2))
+    assert [one.sample(p).key for p in range(20)] != [other.sample(p).key for p in range(20)]
+
+
+def test_epoch_visits_each_sample_once_and_the_next_in_another_order(root: Path) -> None:
+    data = TrainingData(data_config(root, [{"name": "shore"}]).data, seed=0)
+    keys = [data.sample(position).key for position in range(20)]
+    assert len(set(keys[:10])) == len(set(keys[10:])) == 10
+    assert keys[:10] != keys[10:]
+    assert all(key.startswith("shore/train/k") for key in keys)
+
+
+def test_mixture_weights_decide_the_share_of_each_corpus(root: Path) -> None:
+    data = TrainingData(config(root).data, seed=0)
+    keys = [data.sample(position).key for position in range(90)]
+    assert abs(sum(key.startswith("shore") for key in keys) - 60) <= 2
+
+
+def test_loading_leaves_the_global_random_state_alone(root: Path) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    batches(config(root), steps=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_weights_are_those_of_the_slot_frequencies(root: Path) -> None:
+    run = config(root)
+    data = TrainingData(run.data, seed=3)
+    batch = batches(run, steps=1)[0]
+    for row, position in enumerate(batch.positions.tolist()):
+        expected = class_weights(data.sample(position).query.frequencies, 0.5, 5.0)
+        np.testing.assert_array_equal(batch.class_weights[row, : len(expected)].numpy(), expected)
+
+
+def test_micro_batches_join_to_the_batch(root: Path) -> None:
+    batch = batches(config(root), steps=1)[0]
+    parts = list(batch.split(3))
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+    assert [key for part in parts for key in part.keys] == batch.keys
+
+
+def test_batch_moves_to_a_device(root: Path) -> None:
+    moved = batches(config(root), steps=1)[0].to("meta")
+    assert moved.images.device.type == moved.labels.device.type == moved.query_ids.device.type == "meta"
+    assert moved.positions.device.type == "cpu"
+
+
+def test_data_travels_to_other_processes_without_its_cache(root: Path) -> None:
+    data = TrainingData(config(root, decoded_cache_mb=8).data, seed=0)
+    data.sample(0)
+    copy = pickle.loads(pickle.dumps(data))
+    assert len(pickle.dumps(data)) < 100_000
+    np.testing.assert_array_equal(copy.sample(0).image, data.sample(0).image)
+
+
+def test_world_that_does_not_divide_the_batch_is_refused(root: Path) -> None:
+    with pytest.raises(DigSegError, match="3 ranks cannot share evenly"):
+        batches(config(root), world_size=3)
+
+
+def damaged_root(tmp_path: Path, damaged: int) -> Path:
+    """Ten samples of which the first `damaged` are corrupt."""
+    write_split(tmp_path, "shore", noise_samples(10, 3), SHORE, samples_per_shard=10)
+    shard = tmp_path / "shore/train/shore-train-000000.tar"
+    content = bytearray(shard.read_bytes())
+    corpus = ShardedCorpus(tmp_path, "shore", "train")
+    for number in range(damaged):
+        content[corpus._locate(number)[1].start + 600] ^= 0xFF
+    shard.write_bytes(content)
+    return tmp_path
+
+
+def test_corrupt_samples_are_replaced_alike_everywhere_and_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = data_config(damaged_root(tmp_path, 2), [{"name": "shore"}])
+    with caplog.at_level(logging.WARNING):
+        alone = [row for batch in batches(run) for row in rows(batch)]
+    assert len(alone) == 32
+    assert not any(str(row[0]).endswith(("k000", "k001")) for row in alone)
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(logged) == 2
+    assert {"k000" in text or "k001" in text for text in logged} == {True}
+    ranks = [batches(run, rank, 2) for rank in range(2)]
+    assert [row for step in zip(*ranks, strict=True) for batch in step for row in rows(batch)] == alone
+
+
+def test_run_stops_past_the_number_of_corrupt_samples_it_may_meet(tmp_path: Path) -> None:
+    run = data_config(damaged_root(tmp_path, 3), [{"name": "shore"}], max_corrupt=2)
+    with pytest.raises(DigSegError, match=r"3 samples could not be read \(data\.max_corrupt is 2\)"):
+        batches(run, steps=10)
+
+
+def test_corpus_without_a_single_readable_sample_stops_the_run(tmp_path: Path) -> None:
+    run = data_config(damaged_root(tmp_path, 10), [{"name": "shore"}])
+    with pytest.raises(DigSegError, match="10 samples in a row cannot be read"):
+        TrainingData(run.data, seed=0).sample(0)
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DigSegError, match="no shards of corpus 'shore', split 'train'"):
+        TrainingData(data_config(tmp_path, [{"name": "shore"}]).data, seed=0)

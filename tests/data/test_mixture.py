@@ -1,0 +1,71 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from digseg.data.mixture import Mixture, whole_proportions
+from digseg.errors import DigSegError
+
+corpora = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), min_size=1, max_size=6)
+
+
+@given(corpora=corpora, seed=st.integers(0, 2**32), period=st.integers(0, 10**9))
+def test_every_period_holds_the_exact_proportions(corpora: list[tuple[int, int]], seed: int, period: int) -> None:
+    sizes, weights = zip(*corpora, strict=True)
+    mixture = Mixture(sizes, weights, seed)
+    first = period * mixture.period
+    counts = Counter(mixture.locate(position)[0] for position in range(first, first + mixture.period))
+    assert all(counts[i] * sum(weights) == weights[i] * mixture.period for i in range(len(weights)))
+
+
+@given(corpora=corpora, seed=st.integers(0, 2**32))
+def test_each_corpus_goes_through_its_samples_epoch_after_epoch(corpora: list[tuple[int, int]], seed: int) -> None:
+    sizes, weights = zip(*corpora, strict=True)
+    mixture = Mixture(sizes, weights, seed)
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for position in range(2 * mixture.period):
+        corpus, epoch, index = mixture.locate(position)
+        seen.setdefault(corpus, []).append((epoch, index))
+    for corpus, places in seen.items():
+        assert places == [divmod(nth, sizes[corpus]) for nth in range(len(places))]
+
+
+@given(seed=st.integers(0, 2**32), start=st.integers(0, 10**6))
+def test_any_window_is_close_to_the_proportions(seed: int, start: int) -> None:
+    mixture = Mixture([10, 10, 10], [1, 2, 3], seed)
+    counts = Counter(mixture.locate(position)[0] for position in range(start, start + 60))
+    for corpus, expected in enumerate((10, 20, 30)):
+        assert abs(counts[corpus] - expected) <= 2
+
+
+def test_decimal_weights_are_met_as_they_are_written() -> None:
+    assert whole_proportions([0.1, 0.2, 0.7]) == [1, 2, 7]
+    assert whole_proportions([1, 1, 0.3]) == [10, 10, 3]
+
+
+def test_weights_without_small_proportions_are_rounded_and_none_vanishes() -> None:
+    counts = whole_proportions([1.0, 1e-9, 0.333333333333])
+    assert counts[1] == 1
+    assert counts[0] / sum(counts) == pytest.approx(0.75, abs=1e-4)
+    assert sum(counts) <= 65_537
+
+
+def test_seed_changes_the_table_and_nothing_else_does() -> None:
+    def table(seed: int) -> list[int]:
+        mixture = Mixture([5, 5], [1, 1], seed)
+        return [mixture.locate(position)[0] for position in range(256)]
+
+    assert table(1) == table(1)
+    assert table(1) != table(2)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_weight_that_is_not_positive_is_refused(weight: float) -> None:
+    with pytest.raises(DigSegError, match="must be a positive number"):
+        Mixture([3, 3], [1.0, weight], 0)
+
+
+def test_empty_corpus_is_refused() -> None:
+    with pytest.raises(DigSegError, match="corpus 1 of the mixture has no samples"):
+        Mixture([3, 0], [1.0, 1.0], 0)
