@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from digseg.model.palette import MAX_COLOURS, palette
+
+
+@given(st.integers(2, MAX_COLOURS))
+def test_every_prefix_is_the_same_colours_and_well_separated(count: int) -> None:
+    colours = palette(count)
+    assert torch.equal(colours, palette(MAX_COLOURS)[:count])
+    distance = torch.cdist(colours, colours) + 10 * torch.eye(count)
+    assert distance.min() >= 0.5
+
+
+def test_one_class_against_the_rest_is_white_on_black() -> None:
+    assert palette(2).tolist() == [[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]
+
+
+def test_small_queries_are_separated_further() -> None:
+    separation = {count: torch.pdist(palette(count)).min().item() for count in (4, 8, 64)}
+    assert separation[4] > separation[8] > separation[64]
+
+
+def test_sizes_outside_the_palette_are_refused() -> None:
+    for count in (1, MAX_COLOURS + 1):
+        with pytest.raises(ValueError, match="between 2 and 64"):
+            palette(count)

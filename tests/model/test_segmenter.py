@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from small_world import small_config
+
+from digseg.errors import DigSegError
+from digseg.model import Segmenter, build_segmenter
+from digseg.model.denoiser import grow_conv_in, set_attention_kernel
+from digseg.model.palette import palette
+from digseg.model.training_module import SegmenterLoss, resolve_precision
+
+
+@dataclasses.dataclass
+class Batch:
+    images: torch.Tensor
+    labels: torch.Tensor
+    query_ids: torch.Tensor
+    colour_ids: torch.Tensor
+    class_weights: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
+    return build_segmenter(small_config(tmp_path_factory.mktemp("segmenter"))).eval()
+
+
+def test_shapes_and_the_estimates_composition(segmenter: Segmenter) -> None:
+    images, text, mask, colours = _query(classes=3)
+    output = segmenter(images, text, mask, colours)
+    assert output.logits.shape == (2, 3, 32, 48)
+    assert output.feedback_logits.shape == (2, 3, 8, 12)
+    assert output.mask_latents.shape == (2, 48, 8, 12)
+
+
+def test_padded_slots_change_nothing(segmenter: Segmenter) -> None:
+    images, text, mask, colours = _query(classes=3)
+    alone = segmenter(images, text, mask, colours).logits
+    padding = (torch.randn(2, 2, 384), torch.zeros(2, 2, dtype=torch.bool), torch.randn(2, 2, 3))
+    padded = segmenter(
+        images, torch.cat([text, padding[0]], 1), torch.cat([mask, padding[1]], 1), torch.cat([colours, padding[2]], 1)
+    ).logits
+    assert torch.allclose(padded[:, :3], alone, atol=1e-4)
+    assert (padded[:, 3:] < -1000).all()
+
+
+def test_the_order_of_the_names_does_not_matter(segmenter: Segmenter) -> None:
+    images, text, mask, colours = _query(classes=4)
+    order = torch.tensor([2, 0, 3, 1])
+    direct = segmenter(images, text, mask, colours).logits
+    permuted = segmenter(images, text[:, order], mask, colours[:, order]).logits
+    assert torch.allclose(permuted, direct[:, order], atol=1e-4)
+
+
+def test_with_a_closed_gate_the_colours_do_not_reach_the_decoder_but_open_they_do(tmp_path: Path) -> None:
+    images, text, mask, colours = _query(classes=3)
+    changes = {}
+    for gate in (0.0, 0.5):
+        config = small_config(tmp_path, model={"pathway": {"dim": 16, "head_dim": 5, "gate": gate}})
+        model = build_segmenter(config).eval()
+        torch.nn.init.zeros_(model.queries.colour.weight)  # tokens without their colours
+        with torch.no_grad():
+            before = model(images, text, mask, colours).logits
+            model.feedback.value.weight.add_(1.0)
+            changes[gate] = (model(images, text, mask, colours).logits - before).abs().max().item()
+    assert changes[0.0] == 0.0
+    assert changes[0.5] > 1e-3
+
+
+def test_building_is_seeded_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first, second = build_segmenter(config), build_segmenter(config)
+    assert torch.equal(torch.rand(1), expected)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+
+
+def test_a_grown_unet_on_image_and_mask_equals_the_base_on_their_mean() -> None:
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=2,
+    )  # fmt: skip
+    image, noise, tokens = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8)
+    with torch.no_grad():
+        base = unet((image + noise) / 2, 5, tokens).sample
+        grow_conv_in(unet)
+        grown = unet(torch.cat([image, noise], 1), 5, tokens).sample
+    assert unet.config.in_channels == 8
+    assert torch.allclose(base, grown, atol=1e-5)
+
+
+def test_attention_kernels_agree_and_xformers_is_refused_without_cuda(segmenter: Segmenter) -> None:
+    query = _query(classes=3)
+    cpu = torch.device("cpu")
+    results = {}
+    for kernel in ("math", "sdpa"):
+        assert set_attention_kernel(segmenter.unet, kernel, cpu) == kernel
+        results[kernel] = segmenter(*query).logits
+    assert torch.allclose(results["math"], results["sdpa"], atol=1e-4)
+    assert set_attention_kernel(segmenter.unet, "auto", cpu) == "math"
+    with pytest.raises(DigSegError, match="xformers has no CPU operator"):
+        set_attention_kernel(segmenter.unet, "xformers", cpu)
+
+
+def test_a_few_steps_learn_to_tell_two_colours_by_name(tmp_path: Path) -> None:
+    """The loss's parts fall together, and the prediction follows the names, not the slots or colours."""
+    config = small_config(tmp_path, training={"steps": 1, "precision": "fp32"})
+    text = torch.randn(2, 384, generator=torch.Generator().manual_seed(0))
+    module = SegmenterLoss(build_segmenter(config), config, text)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    random = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        values = module(_two_tone_batch(random))
+        values["loss"].backward()
+        optimizer.step()
+        losses.append({name: value.item() for name, value in values.items()})
+    for part in ("loss", "class_score", "feedback", "reconstruction"):
+        assert losses[-1][part] < 0.5 * losses[0][part], part
+    batch = _two_tone_batch(random)
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    with torch.no_grad():
+        output = module.eval().segmenter(batch.images, text[batch.query_ids], mask, palette(8)[batch.colour_ids])
+    assert (output.logits.argmax(1) == batch.labels).float().mean() > 0.9
+
+
+def test_auto_precision_follows_the_device() -> None:
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    assert resolve_precision("auto", torch.device("cuda")) == "bf16"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported()
+    assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if has_bf16 else "fp32")
+
+
+def _query(classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 32, 48, generator=random) * 2 - 1
+    text = torch.randn(2, classes, 384, generator=random)
+    return images, text, torch.ones(2, classes, dtype=torch.bool), palette(8)[:classes].expand(2, classes, 3)
+
+
+def _two_tone_batch(random: torch.Generator) -> Batch:
+    """Dark and bright halves; slot of each name and its colour are drawn anew for every sample."""
+    dark = torch.zeros(4, 32, 32, dtype=torch.bool)
+    for row in dark:
+        row[:, : int(torch.randint(8, 24, (1,), generator=random))] = True
+    images = torch.where(dark, -0.6, 0.6).unsqueeze(1) + 0.1 * torch.randn(4, 3, 32, 32, generator=random)
+    swapped = torch.rand(4, generator=random) < 0.5
+    query_ids = torch.where(swapped[:, None], torch.tensor([1, 0]), torch.tensor([0, 1]))
+    labels = torch.where(dark ^ swapped[:, None, None], 0, 1)
+    colour_ids = torch.stack([torch.randperm(8, generator=random)[:2] for _ in range(4)])
+    return Batch(images, labels, query_ids, colour_ids, torch.ones(4, 2))
