@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,14 +20,16 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration of ``path`` with ``key.path=value`` overrides applied in order.
 
-    A file may name another with ``extends: other.yaml`` (relative to itself); its own keys win, lists are
-    replaced whole. Relative locations become absolute, below :func:`base_directory`.
+    Overrides in ``$DIGSEG_OVERRIDES``, separated as in a shell, come before the given ones. A file may name
+    another with ``extends: other.yaml`` (relative to itself); its own keys win, lists are replaced whole.
+    Relative locations become absolute, below :func:`base_directory`.
 
     Raises:
         DigSegError: for a missing or malformed file, an unknown key (with the nearest valid one), a value
             of the wrong type, or a combination that cannot run.
     """
     values = _read_with_parents(Path(path), seen=())
+    overrides = [*shlex.split(os.environ.get("DIGSEG_OVERRIDES", "")), *overrides]
     for override in overrides:
         _apply_override(values, override)
     try:

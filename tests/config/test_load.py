@@ -35,6 +35,14 @@ def test_overrides_apply_in_order_and_reach_lists_and_new_sections(minimal: Path
     assert config.training.deepspeed == {"a": {"b": [1, "x"]}}
 
 
+def test_the_environment_overrides_the_file_and_the_command_line_overrides_both(
+    minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIGSEG_OVERRIDES", "training.steps=3 training.log_every=2")
+    config = load_config(minimal, ["training.steps=4"])
+    assert (config.training.steps, config.training.log_every) == (4, 2)
+
+
 def test_numbers_in_scientific_notation_are_numbers(minimal: Path) -> None:
     assert load_config(minimal, ["training.learning_rate=3e-4"]).training.learning_rate == 3e-4
 
