@@ -48,7 +48,15 @@ VAL_EVERY = 5
 TOWN_SHARE = 6
 """The held-out corpus has one image for this many of each other domain."""
 
-TOWN_CLASSES = {7: "street", 8: "footpath", 11: "house", 21: "bush", 24: "passer-by", 26: "automobile"}
+TOWN_CLASSES = {
+    7: "street",
+    8: "walkway",
+    11: "house",
+    21: "shrubs",
+    23: "clouds",
+    24: "pedestrian",
+    26: "automobile",
+}
 """Cityscapes labelId to the name that the town's ``classes.yaml`` gives it; all else has no label there."""
 
 

@@ -90,8 +90,7 @@ class Corpus:
         if not refs:
             patterns = self.spec.layout.get(split) or next(iter(self.spec.layout.values()))
             raise DigSegError(
-                f"corpus {self.name}: split {split!r} is empty, no sample matches {patterns.images} "
-                f"below {self.root}"
+                f"corpus {self.name}: split {split!r} is empty, no sample matches {patterns.images} below {self.root}"
             )
         return refs
 

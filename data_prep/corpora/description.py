@@ -31,9 +31,7 @@ def load_spec(path: Path, root: Path) -> tuple[str, CorpusSpec]:
         return path.stem, _validated(CorpusSpec, document, path)
     inside = root / str(document["described_by"])
     if not inside.is_file():
-        raise DigSegError(
-            f"{inside} is missing: a folder corpus needs it, with `classes`, `domain` and `licence`"
-        )
+        raise DigSegError(f"{inside} is missing: a folder corpus needs it, with `classes`, `domain` and `licence`")
     classes = _validated(ClassesFile, _read(inside), inside)
     name = path.stem if path.stem != "folder" or classes.name is None else classes.name
     return name, _validated(CorpusSpec, _folder_description(classes, root), inside)
@@ -114,9 +112,7 @@ def _folder_description(classes: ClassesFile, root: Path) -> dict[str, Any]:
 def _sub_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DigSegError(f"{folder} does not exist: a folder corpus has images/, masks/ and classes.yaml")
-    return sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _split_names(path: Path) -> list[str]:

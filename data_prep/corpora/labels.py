@@ -58,9 +58,7 @@ def read_image(path: Path, spec: CorpusSpec) -> tuple[UInt8Array, bytes | None, 
     return pixels, data if keep else None, orientation
 
 
-def read_mask(
-    paths: Sequence[Path], spec: CorpusSpec, shape: tuple[int, int], image_orientation: int
-) -> UInt8Array:
+def read_mask(paths: Sequence[Path], spec: CorpusSpec, shape: tuple[int, int], image_orientation: int) -> UInt8Array:
     """The mask as uint8 [H, W]: positions in the vocabulary, :data:`IGNORE_ID` where there is no label.
 
     Raises:
@@ -158,9 +156,7 @@ def _by_colour(mask: Image.Image, path: Path, label: ColourLabel, vocabulary: tu
     return ids.astype(np.uint8)
 
 
-def _by_threshold(
-    mask: Image.Image, path: Path, label: BinaryLabel, vocabulary: tuple[str, ...]
-) -> UInt8Array:
+def _by_threshold(mask: Image.Image, path: Path, label: BinaryLabel, vocabulary: tuple[str, ...]) -> UInt8Array:
     values = _levels(mask, path, _GREY_MODES)
     if label.levels != "any":
         unknown = np.setdiff1d(values, label.levels)

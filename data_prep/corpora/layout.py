@@ -121,9 +121,7 @@ def _pairs(root: Path, patterns: FilePatterns) -> dict[Fields, _Files]:
     return dict(sorted(pairs.items()))
 
 
-def _sample(
-    key: str, fields: Fields, patterns: FilePatterns, root: Path, pairs: Mapping[Fields, _Files]
-) -> SampleRef:
+def _sample(key: str, fields: Fields, patterns: FilePatterns, root: Path, pairs: Mapping[Fields, _Files]) -> SampleRef:
     files = pairs.get(fields, _Files([], []))
     several_masks = "*" in patterns.masks.removesuffix(".*")
     expected = [_filled(root, pattern, fields) for pattern in (patterns.images, patterns.masks)]
@@ -169,9 +167,7 @@ def _key(spec: CorpusSpec, fields: Fields) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", spec.key.format(**dict(fields)))
 
 
-def _every_nth(
-    pairs: Mapping[Fields, _Files], spec: CorpusSpec, rule: EveryNthSplits, split: str
-) -> list[Fields]:
+def _every_nth(pairs: Mapping[Fields, _Files], spec: CorpusSpec, rule: EveryNthSplits, split: str) -> list[Fields]:
     ordered = sorted(pairs, key=lambda fields: _key(spec, fields))
     return [fields for i, fields in enumerate(ordered) if (i % rule.n == 0) == (split == rule.nth)]
 
