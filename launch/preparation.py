@@ -5,9 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from data_prep.sample_corpora import draw_sample_corpora
-from data_prep.shard import shard_corpus
-from digseg.cluster.runtime import ray_session
 from digseg.config import Config
 from digseg.data.format import Manifest, list_manifests
 from digseg.errors import DigSegError
@@ -38,6 +35,11 @@ def ensure_shards(config: Config) -> dict[str, float]:
             f"{config.data.root} has no shards of {names}, and prepare.root does not say where the corpora lie; "
             "set prepare.root=DIR (python launch/demo.py: --corpora DIR)"
         )
+    # Only where there is work to do: a run in one process with its shards at hand needs no Ray.
+    from data_prep.sample_corpora import draw_sample_corpora
+    from data_prep.shard import shard_corpus
+    from digseg.cluster.runtime import ray_session
+
     root = Path(config.prepare.root)
     start = time.monotonic()
     if (sample := config.prepare.sample_corpora) is not None:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from digseg.console import say
-from digseg.errors import DigSegError
 from digseg.training.world import World
 
 MANIFEST = "manifest.json"
@@ -142,21 +141,6 @@ def published_state(root: Path) -> dict[str, Any] | None:
         return _read(root / _name(steps[-1])).state if steps else None
     except (OSError, ValueError):
         return None
-
-
-def check_same_layout(checkpoint: Checkpoint, world_size: int, zero_stage: int) -> None:
-    """Refuse a checkpoint of another number of processes or ZeRO stage.
-
-    Raises:
-        DigSegError: the layout differs; the text says how to go on.
-    """
-    saved = (checkpoint.state["world_size"], checkpoint.state["zero_stage"])
-    if saved != (world_size, zero_stage):
-        raise DigSegError(
-            f"{checkpoint.path}: written by {saved[0]} processes with ZeRO stage {saved[1]}, but this run has "
-            f"{world_size} with stage {zero_stage}; continue with cluster.workers={saved[0]} "
-            f"training.zero_stage={saved[1]}, or start anew under another run.name"
-        )
 
 
 def file_sha256(path: Path) -> str:

@@ -19,8 +19,10 @@ from statistics import median
 from typing import Any
 
 from digseg.config import Config, dump_config
+from digseg.data.format import load_manifest
 from digseg.errors import DigSegError
 from digseg.training.checkpoint import published_state
+from digseg.training.deepspeed_config import deepspeed_config
 from digseg.training.logging import read_metrics
 
 # Settings that say what the run is: the samples it sees, and the weights it has.
@@ -84,6 +86,39 @@ def finished_result(config: Config) -> TrainingResult | None:
         check_continues(state, config)
     result = directory.result()
     return result if result is not None and result.steps >= config.training.steps else None
+
+
+def check_run(config: Config, world_size: int) -> None:
+    """Find what would stop the run before processes are started for it.
+
+    Raises:
+        DigSegError: shards are missing, ``world_size`` processes cannot share a batch, ``training.deepspeed``
+            sets a derived key, or the run of this name has checkpoints of another layout.
+    """
+    for corpus in config.data.corpora:
+        load_manifest(config.data.root, corpus.name, corpus.split)
+    deepspeed_config(config, world_size, num_parameters=1)
+    directory = RunDirectory(config)
+    state = published_state(directory.checkpoints)
+    if state is not None:
+        check_same_layout(state, world_size, config)
+
+
+def check_same_layout(state: Mapping[str, Any], world_size: int, config: Config) -> None:
+    """Refuse a checkpoint of another number of processes or ZeRO stage.
+
+    Raises:
+        DigSegError: the layout differs; the text says how to go on.
+    """
+    saved = (state["world_size"], state["zero_stage"])
+    stage = config.training.zero_stage
+    if saved != (world_size, stage):
+        raise DigSegError(
+            f"run {config.run.name!r} in {config.run.storage}: the checkpoint of step {state['step']} was written "
+            f"by {saved[0]} processes with ZeRO stage {saved[1]}, but {world_size} with stage {stage} are to go "
+            f"on; continue with cluster.workers={saved[0]} training.zero_stage={saved[1]}, or start anew under "
+            "another run.name"
+        )
 
 
 def check_continues(state: Mapping[str, Any], config: Config) -> None:

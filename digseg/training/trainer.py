@@ -21,12 +21,19 @@ from digseg.model.export import export_model
 from digseg.model.segmenter import build_segmenter
 from digseg.model.text import build_text_table, load_text_encoder
 from digseg.model.training_module import SegmenterLoss
-from digseg.training.checkpoint import Checkpoint, CheckpointStore, check_same_layout
+from digseg.training.checkpoint import Checkpoint, CheckpointStore
 from digseg.training.deepspeed_config import micro_batches
 from digseg.training.ema import WeightAverage, merged_weights, shares_state
 from digseg.training.engine import Engine
 from digseg.training.logging import MetricsFile, NullLogger, RunLogger
-from digseg.training.run import RunDirectory, TrainingResult, check_continues, finished_result, summarise
+from digseg.training.run import (
+    RunDirectory,
+    TrainingResult,
+    check_continues,
+    check_same_layout,
+    finished_result,
+    summarise,
+)
 from digseg.training.schedule import learning_rate
 from digseg.training.window import MetricsWindow
 from digseg.training.world import World
@@ -127,7 +134,7 @@ class Trainer:
         if checkpoint is not None:
             check_continues(checkpoint.state, self.config)
             self._check_same_data(checkpoint)
-            check_same_layout(checkpoint, self.world.world_size, self.config.training.zero_stage)
+            check_same_layout(checkpoint.state, self.world.world_size, self.config)
             self.engine.load(checkpoint.path)
             self._restore_rank(torch.load(_rank_file(checkpoint.path, self.world.rank), weights_only=True))
             step = checkpoint.step

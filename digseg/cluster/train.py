@@ -1,0 +1,167 @@
+"""The trainer under Ray Train: worker processes, their process group, and their restart after a loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from digseg.cluster.runtime import ray_session  # sets what Ray reads when it is imported; comes first
+
+# How soon the controller notices a dead worker; Ray's default is 2 s.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+import ray.train
+import ray.train.torch
+
+from digseg.config import Config
+from digseg.console import progress, say
+from digseg.errors import DigSegError
+from digseg.registry.tracked_training import train_tracked
+from digseg.training.logging import read_metrics
+from digseg.training.run import RunDirectory, TrainingResult, check_run, finished_result
+from digseg.training.world import World
+
+_FOLLOW_INTERVAL_S = 0.5
+
+
+def run_training(config: Config) -> TrainingResult:
+    """Train with ``cluster.workers`` Ray workers; with backend ``local`` in this process.
+
+    A run that was interrupted goes on from its last checkpoint. When a worker or its node is lost, Ray
+    starts all workers anew, up to ``cluster.max_failures`` times, and they do the same.
+
+    Raises:
+        DigSegError: the configuration or the data do not allow it, whichever process found out.
+    """
+    finished = finished_result(config)
+    if finished is not None:
+        say(f"run {config.run.name!r} is finished: all {finished.steps} steps are taken")
+        return finished
+    if config.cluster.backend == "local":
+        return train_tracked(config, World.from_environment())
+    check_run(config, config.cluster.workers)
+    with ray_session(config.cluster):
+        _fit(config)
+    result = finished_result(config)
+    assert result is not None  # the workers ended without an error
+    return result
+
+
+def _fit(config: Config) -> None:
+    directory = RunDirectory(config)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    failure = _failure_file(directory.path)
+    failure.unlink(missing_ok=True)
+    try:
+        with _followed(config):
+            _torch_trainer(config).fit()
+    except ray.train.TrainingFailedError:
+        _raise_recorded(failure)
+        raise
+    _raise_recorded(failure)
+
+
+def _torch_trainer(config: Config) -> ray.train.torch.TorchTrainer:
+    cluster = config.cluster
+    on_gpu = cluster.gpus_per_worker > 0
+    resources = {"CPU": cluster.cpus_per_worker}
+    if on_gpu:
+        resources["GPU"] = cluster.gpus_per_worker
+    return ray.train.torch.TorchTrainer(
+        _train_worker,
+        train_loop_config={"config": config.model_dump(mode="json")},
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=str(RunDirectory(config).path),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _train_worker(arguments: dict[str, Any]) -> None:
+    """What each Ray Train worker runs.
+
+    Nothing is reported to Ray: `ray.train.report` is a barrier over all workers, and it would copy into
+    Ray's store what digseg.training.checkpoint has already published, verified and pruned. The driver reads
+    the result and the loss curve from the run's directory.
+
+    A :class:`DigSegError` would only come again, so the restart that Ray makes of it ends at once.
+    """
+    config = Config.model_validate(arguments["config"])
+    failure = _failure_file(RunDirectory(config).path)
+    if failure.exists():
+        return
+    context = ray.train.get_context()
+    world = World(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        local_world_size=context.get_local_world_size(),
+        device=ray.train.torch.get_device(),
+    )
+    try:
+        train_tracked(config, world, show_progress=False)
+    except DigSegError as error:
+        _record(failure, error)
+        raise
+
+
+def _failure_file(run_directory: Path) -> Path:
+    return run_directory / "failure.json"
+
+
+def _record(failure: Path, error: DigSegError) -> None:
+    """Leave the error for the driver; of several workers' the last is kept (they say the same)."""
+    partial = failure.with_name(f".{failure.name}.{os.getpid()}")
+    partial.write_text(json.dumps({"error": str(error)}))
+    partial.replace(failure)
+
+
+def _raise_recorded(failure: Path) -> None:
+    if failure.exists():
+        raise DigSegError(json.loads(failure.read_bytes())["error"]) from None
+
+
+@contextmanager
+def _followed(config: Config) -> Iterator[None]:
+    """Show the progress of the workers here, where the user is, by following the run's loss curve."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_follow, args=(config, stop), name="follow-training", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _follow(config: Config, stop: threading.Event) -> None:
+    path = RunDirectory(config).metrics
+    seen = _last_logged(path)[0]
+    with progress("training", config.training.steps, "steps", seen) as bar:
+        ended = False
+        while not ended:
+            ended = stop.wait(_FOLLOW_INTERVAL_S)
+            step, note = _last_logged(path)
+            # After a restart the curve falls back to the checkpoint; the bar waits there.
+            if step > seen:
+                bar.note(note)
+                bar.advance(step - seen)
+                seen = step
+
+
+def _last_logged(path: Path) -> tuple[int, str]:
+    lines = read_metrics(path)
+    if not lines:
+        return 0, ""
+    return lines[-1]["step"], f"loss {lines[-1]['loss']:.4f}, {lines[-1]['images_per_second']:.1f} images/s"

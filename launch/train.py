@@ -1,0 +1,64 @@
+"""Train a segmenter: on this machine, or on the Ray cluster that this process belongs to.
+
+    python launch/train.py --config configs/demo.yaml training.steps=200
+    ray job submit --working-dir . -- python launch/train.py --config configs/demo.yaml run.name=first
+
+A run is known by its name: started again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Started as a file, Python looks for modules beside it; the project is the folder above.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from digseg.config import Config, load_config
+from digseg.console import say
+from digseg.errors import run_main
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+    options = parser.parse_args(arguments)
+    train(load_config(options.config, options.overrides))
+
+
+def train(config: Config) -> None:
+    """Make the shards that are missing, train, and say what came out."""
+    # Ray, DeepSpeed and MLflow take seconds to import: a wrong configuration should be told at once.
+    from digseg.training.run import RunDirectory
+    from launch.preparation import ensure_shards
+
+    ensure_shards(config)
+    if config.cluster.backend == "local":
+        from digseg.registry.tracked_training import train_tracked
+        from digseg.training.world import World
+
+        result = train_tracked(config, World.from_environment())
+    else:
+        from digseg.cluster.train import run_training
+
+        result = run_training(config)
+
+    say(f"run directory:  {RunDirectory(config).path}")
+    if config.tracking.enabled:
+        from digseg.registry.tracking import MlflowRun
+
+        run = MlflowRun(config)
+        say(f"MLflow run:     {run.run_id} in {run.tracking_uri}")
+    say(f"model:          {result.model_dir}")
+    say(f"loss:           {result.first_loss:.4f} at step 1, {result.last_loss:.4f} at step {result.steps}")
+    say(f"throughput:     {result.images_per_second:.1f} images/s, {result.world_size} workers")
+
+
+if __name__ == "__main__":
+    run_main(main)
