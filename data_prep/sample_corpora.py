@@ -156,7 +156,11 @@ def _mapper(workers: int | None) -> Iterator[Callable[..., Iterator[None]]]:
         def run(function: Callable[[_Job], None], jobs: list[_Job]) -> Iterator[None]:
             return pool.map(function, jobs, chunksize=8)
 
-        yield run
+        try:
+            yield run
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # an interrupted draw must not go on to its end
+            raise
 
 
 def _draw(job: _Job) -> None:

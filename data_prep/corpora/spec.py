@@ -212,7 +212,7 @@ def _check_label(vocabulary: tuple[str, ...], label: Label) -> None:
     may_drop = isinstance(label, ValueLabel | ColourLabel) and label.dropped_classes == "ignore"
     for name in named:
         if name not in vocabulary and not may_drop:
-            raise ValueError(f"label names the class {name!r}, which vocabulary lacks{nearest(name, vocabulary)}")
+            raise ValueError(f"label names the class {name!r}, which the vocabulary lacks{nearest(name, vocabulary)}")
     silent = sorted(set(vocabulary) - set(named))
     if silent:
         raise ValueError(f"label gives no pixel value for {silent} of the vocabulary")

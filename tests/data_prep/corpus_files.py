@@ -1,0 +1,39 @@
+"""Writing tiny corpora in their true layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image
+
+
+def save(path: Path, pixels: ArrayLike, mode: str | None = None, orientation: int | None = None) -> Path:
+    """Write an image file; ``mode`` "1" or "P" converts, ``orientation`` sets the EXIF tag."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.asarray(pixels)
+    image = Image.fromarray(array if array.dtype == np.uint16 else array.astype(np.uint8))
+    if mode == "P":
+        image.putpalette([255 - i // 3 for i in range(768)])
+    elif mode is not None:
+        image = image.convert(mode)
+    options = {"quality": 95} if path.suffix in (".jpg", ".jpeg") else {}
+    if orientation is not None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(path, exif=exif, **options)
+    else:
+        image.save(path, **options)
+    return path
+
+
+def photo(height: int = 4, width: int = 6, seed: int = 0) -> np.ndarray:
+    """Random RGB pixels uint8 [H, W, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def truncate(path: Path) -> None:
+    """Keep the first 60 % of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 6 // 10])

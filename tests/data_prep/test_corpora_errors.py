@@ -1,0 +1,232 @@
+"""Bad samples keep their own reason; bad jobs stop with one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from corpus_files import photo, save, truncate
+
+from data_prep.corpora import BadSample, Corpus, SampleRef, load_corpus
+from digseg.errors import DigSegError
+
+LABELS = np.array([[0, 1, 2, 2]] * 16).repeat(8, axis=1)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder corpus of two intact samples in the split `train`."""
+    for name in ("a", "b"):
+        save(tmp_path / f"images/train/{name}.png", photo(16, 32))
+        save(tmp_path / f"masks/train/{name}.png", LABELS)
+    describe(tmp_path)
+    return tmp_path
+
+
+def describe(root: Path, **fields: object) -> None:
+    document = {"classes": ["soil", "crop", "weed"], "domain": "agriculture", "licence": "CC0-1.0", **fields}
+    (root / "classes.yaml").write_text(yaml.safe_dump(document))
+
+
+def listed(root: Path, key: str) -> tuple[Corpus, SampleRef]:
+    corpus = load_corpus("folder", root)
+    return corpus, next(ref for ref in corpus.list("train") if ref.key == key)
+
+
+def reason(root: Path, key: str) -> str:
+    corpus, ref = listed(root, key)
+    with pytest.raises(BadSample) as caught:
+        corpus.read(ref)
+    return str(caught.value)
+
+
+def test_image_without_mask_is_listed_with_the_problem(root: Path) -> None:
+    (root / "masks/train/b.png").unlink()
+    _, ref = listed(root, "b")
+    assert ref.problem == "no mask masks/train/b.*"
+    assert reason(root, "b") == ref.problem
+
+
+def test_mask_without_image_is_listed_with_the_problem(root: Path) -> None:
+    (root / "images/train/b.png").unlink()
+    _, ref = listed(root, "b")
+    assert ref.problem == "no image images/train/b.*"
+
+
+def test_two_images_of_one_name_are_a_problem(root: Path) -> None:
+    save(root / "images/train/b.jpg", photo(16, 32))
+    _, ref = listed(root, "b")
+    assert ref.problem == "several images: images/train/b.jpg, images/train/b.png"
+
+
+def test_mask_of_another_size(root: Path) -> None:
+    save(root / "masks/train/b.png", LABELS[:, :20])
+    assert reason(root, "b") == "mask b.png is 20 x 16 pixels, the image 32 x 16"
+
+
+def test_class_id_outside_the_vocabulary(root: Path) -> None:
+    wrong = LABELS.copy()
+    wrong[3, 4], wrong[5, 6] = 9, 17
+    save(root / "masks/train/b.png", wrong)
+    assert reason(root, "b") == "mask b.png has class id 9, 17, outside the vocabulary"
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_truncated_image(root: Path, suffix: str) -> None:
+    (root / "images/train/b.png").unlink()
+    truncate(save(root / f"images/train/b.{suffix}", photo(16, 32)))
+    assert reason(root, "b").startswith(f"image b.{suffix} is damaged or truncated")
+
+
+def test_truncated_mask(root: Path) -> None:
+    truncate(save(root / "masks/train/b.png", photo(64, 64)[..., 0]))
+    assert reason(root, "b").startswith("mask b.png is damaged or truncated")
+
+
+def test_file_that_is_no_image(root: Path) -> None:
+    (root / "images/train/b.png").write_text("not an image")
+    assert reason(root, "b") == "image b.png is no image file that can be identified"
+
+
+def test_empty_file(root: Path) -> None:
+    (root / "masks/train/b.png").write_bytes(b"")
+    assert reason(root, "b") == "mask b.png is no image file that can be identified"
+
+
+def test_colour_mask_where_ids_are_read(root: Path) -> None:
+    save(root / "masks/train/b.png", photo(16, 32))
+    assert reason(root, "b").startswith("mask b.png is of mode RGB, the label rule reads 1, L")
+
+
+def test_sample_of_a_list_that_no_file_matches_is_a_problem(root: Path) -> None:
+    for folder in ("images", "masks"):
+        for path in (root / folder / "train").iterdir():
+            path.rename(root / folder / path.name)
+        (root / folder / "train").rmdir()
+    (root / "splits.yaml").write_text("train: [a, ghost]\nval: [b]\n")
+    describe(root, splits="splits.yaml")
+    _, ref = listed(root, "ghost")
+    assert ref.problem == "no image images/ghost.*; no mask masks/ghost.*"
+
+
+def test_unknown_value_in_a_binary_mask(tmp_path: Path) -> None:
+    for k in (1, 2):
+        save(tmp_path / f"membrane/train/image/{k}.png", photo(1, 2))
+        save(tmp_path / f"membrane/train/label/{k}.png", [[0, 255 if k == 1 else 90]])
+    corpus = load_corpus("isbi_em_membrane", tmp_path)
+    intact, wrong = corpus.list("train")
+    assert corpus.read(intact).mask.shape == (1, 2)
+    with pytest.raises(BadSample, match=r"value 90, outside \[0, 255\]"):
+        corpus.read(wrong)
+
+
+def test_unknown_colour(tmp_path: Path) -> None:
+    save(tmp_path / "images/001_image.png", photo(1, 2))
+    save(tmp_path / "annotations/001_annotation.png", [[[0, 255, 0], [1, 2, 3]]])
+    (tmp_path / "train_test_split.yaml").write_text("train: [1]\ntest: []\n")
+    corpus = load_corpus("cwfid", tmp_path)
+    with pytest.raises(BadSample, match=r"colour \(1, 2, 3\), outside the vocabulary"):
+        corpus.read(corpus.list("train")[0])
+
+
+def test_one_nucleus_of_another_size_is_named(tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / f"stage1_train/{name}/images/{name}.png", photo(4, 4))
+        save(tmp_path / f"stage1_train/{name}/masks/good.png", np.zeros((4, 4)))
+    save(tmp_path / "stage1_train/b/masks/wrong.png", np.zeros((4, 3)))
+    corpus = load_corpus("dsb2018", tmp_path)
+    with pytest.raises(BadSample, match=r"mask wrong\.png is 3 x 4 pixels, the image 4 x 4"):
+        corpus.read(corpus.list("train")[0])
+
+
+def test_missing_root_stops(tmp_path: Path) -> None:
+    with pytest.raises(DigSegError, match=r"corpus camvid: the folder .*nowhere does not exist"):
+        load_corpus("camvid", tmp_path / "nowhere")
+
+
+def test_unknown_corpus_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(DigSegError, match="unknown corpus 'camvit'; did you mean 'camvid'"):
+        load_corpus("camvit", tmp_path)
+
+
+def test_empty_split_says_what_was_looked_for(tmp_path: Path) -> None:
+    save(tmp_path / "CamVid/train/x.png", photo())
+    corpus = load_corpus("camvid", tmp_path)
+    with pytest.raises(DigSegError, match=r"split 'val' is empty, no sample matches CamVid/val/\{frame\}"):
+        corpus.list("val")
+
+
+def test_unknown_split_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(DigSegError, match="corpus camvid has no split 'trian'; did you mean 'train'"):
+        load_corpus("camvid", tmp_path).list("trian")
+
+
+def test_missing_split_list_stops(tmp_path: Path) -> None:
+    save(tmp_path / "images/001_image.png", photo())
+    with pytest.raises(DigSegError, match=r"train_test_split.yaml: cannot read the list"):
+        load_corpus("cwfid", tmp_path).list("train")
+
+
+def test_folder_without_classes_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(DigSegError, match=r"classes.yaml is missing: .*`classes`, `domain` and `licence`"):
+        load_corpus("folder", tmp_path)
+
+
+def test_keys_that_become_equal_are_refused(root: Path) -> None:
+    for name in ("x.1", "x_1"):
+        save(root / f"images/train/{name}.png", photo(16, 32))
+        save(root / f"masks/train/{name}.png", LABELS)
+    with pytest.raises(DigSegError, match="two samples share the key 'x_1'"):
+        load_corpus("folder", root).list("train")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"domain": "farming"}, "field domain: Input should be 'natural', 'medical'"),
+        ({"clases": ["soil"]}, "field clases: unknown; did you mean 'classes'"),
+        ({"classes": []}, "field classes"),
+        ({"classes": {"soil": 0}}, "field classes"),
+    ],
+)
+def test_errors_in_classes_name_file_and_field(root: Path, fields: dict[str, object], message: str) -> None:
+    describe(root, **fields)
+    with pytest.raises(DigSegError, match=message) as caught:
+        load_corpus("folder", root)
+    assert str(root / "classes.yaml") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("vocabulary: [soil, crop, wheat]\n", "label names the class 'weed', which the vocabulary lacks"),
+        ("vocabulary: [soil, crop, weed, stone]\n", r"no pixel value for \['stone'\]"),
+        ("may_contain: [weed]\n", r"may_contain lists \['weed'\]"),
+        ("label: {ignore: [0]}\n", r"label.ignore lists \[0\], which label.values maps"),
+        ("label: {values: {0: soil, 1: 7}}\n", "field label.grey.values.1: Input should be a valid string"),
+        ("splits: {by: number, field: k, bound: 3, below: a, rest: b}\n", "need a layout with one entry"),
+        ("key: '{city}'\n", r"use \['city'\], which layout.train.images does not name"),
+        ("layout: {val: {masks: 'val/{other}.png'}}\n", r"images name the fields \['name'\], masks \['other'\]"),
+        ("chanel_order: rgb\n", "field chanel_order: unknown; did you mean 'channel_order'"),
+        ("extends: nothing.yaml\n", "field extends: .*nothing.yaml does not exist"),
+        ("label: [\n", "not valid YAML"),
+    ],
+)
+def test_errors_in_a_description_name_file_and_field(
+    tmp_path: Path, repository: Path, change: str, message: str
+) -> None:
+    base = (repository / "configs/corpora/phenobench.yaml").as_posix()
+    path = tmp_path / "mine.yaml"
+    path.write_text(("" if "extends" in change else f"extends: {base}\n") + change)
+    with pytest.raises(DigSegError, match=message) as caught:
+        load_corpus(str(path), tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_description_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(DigSegError, match="extends this file again"):
+        load_corpus(str(tmp_path / "a.yaml"), tmp_path)
