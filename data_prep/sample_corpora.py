@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -231,7 +232,8 @@ def _describe_town(folder: Path) -> None:
 
 def _write(path: Path, pixels: UInt8) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, compress_level=1)
+    # run lengths only: faster than the usual search for repeats, and smaller on noise and on flat masks
+    Image.fromarray(pixels).save(path, compress_level=1, compress_type=zlib.Z_RLE)
 
 
 if __name__ == "__main__":
