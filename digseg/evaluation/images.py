@@ -1,4 +1,4 @@
-"""Images and class names as users hand them in, and masks as they get them back."""
+"""Images as users hand them in, and masks as they get them back."""
 
 from __future__ import annotations
 
@@ -38,11 +38,6 @@ def decode_image(content: bytes, where: str) -> NDArray[np.uint8]:
         raise DigSegError(f"{where}: not an image (expected PNG, JPEG or another format that Pillow reads)") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DigSegError(f"{where}: damaged image ({error}); it cannot be decoded to its end") from None
-
-
-def split_classes(text: str) -> list[str]:
-    """Class names from "road, car, sky"; empty names stay, so that they can be reported."""
-    return [name.strip() for name in text.split(",")] if text.strip() else []
 
 
 def png_bytes(mask: NDArray[np.uint8]) -> bytes:

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from digseg.errors import DigSegError
+from digseg.evaluation.classes import check_classes
 from digseg.model import SegmenterOutput
 from digseg.model.export import LoadedModel, ModelCard, load_model
-
-BACKGROUND = "background"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,25 +98,3 @@ class Predictor:
         if names not in self._embedded:
             self._embedded[names] = self._model.embed(names).to(self._device)
         return self._embedded[names]
-
-
-def check_classes(classes: Sequence[str], background: bool, max_classes: int) -> tuple[str, ...]:
-    """The cleaned class names of a query.
-
-    Raises:
-        DigSegError: as :meth:`Predictor.predict` says.
-    """
-    names = tuple(" ".join(name.split()) for name in classes)
-    if not names:
-        raise DigSegError('no classes given; name at least one, e.g. --classes "road, car, sky"')
-    if "" in names:
-        raise DigSegError(f"class {names.index('') + 1} of {len(names)} is an empty name; remove it")
-    lowered = [name.lower() for name in names]
-    repeated = sorted({name for name in lowered if lowered.count(name) > 1})
-    if repeated:
-        raise DigSegError(f"class names given twice: {', '.join(repeated)}; name each class once")
-    if background and BACKGROUND not in lowered:
-        names = (BACKGROUND, *names)
-    if len(names) > max_classes:
-        raise DigSegError(f"{len(names)} classes, but one query of this model holds {max_classes}; ask for fewer")
-    return names

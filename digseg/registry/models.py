@@ -21,7 +21,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from digseg.errors import DigSegError, nearest
-from digseg.model.export import read_card
 from digseg.registry.store import connect, default_tracking_uri, first_line, fluent
 
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -134,6 +133,9 @@ def _directory(path: str) -> tuple[Path, ModelRef]:
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise DigSegError(f"no model directory {directory}; expected {_FORMS}")
+    # The model's code takes seconds to import; looking into the registry does not need it.
+    from digseg.model.export import read_card
+
     exported = _exported(directory) if (directory / "MLmodel").is_file() else directory
     run_id = read_card(exported).metadata.get("run_id")
     return exported, ModelRef(str(path), None, None, run_id, None)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,9 @@ def register_model(
     experiment = experiment_id(client, uri, config.tracking.experiment)
     facts = _lineage(model_dir, config, evaluation, run_id, checkpoint_dir)
     try:
-        with fluent(uri), warnings.catch_warnings(), _run(run_id, experiment):
+        # The run that trained the model goes on for the registration; a model without one gets a run of its own.
+        run = {"run_id": run_id} if run_id else {"experiment_id": experiment, "run_name": config.run.name}
+        with fluent(uri), warnings.catch_warnings(), mlflow.start_run(**run, nested=True):
             # MLflow warns about its own plans; what it says of the model is set explicitly below.
             warnings.simplefilter("ignore")
             info = mlflow.pyfunc.log_model(
@@ -97,17 +98,6 @@ def register_model(
         set_alias(name, version, alias, uri)
         reference = replace(reference, alias=alias)
     return reference
-
-
-@contextmanager
-def _run(run_id: str | None, experiment: str) -> Iterator[None]:
-    """Log into the run that trained the model, or into the experiment alone."""
-    if run_id is None:
-        mlflow.set_experiment(experiment_id=experiment)
-        yield
-    else:
-        with mlflow.start_run(run_id=run_id, nested=True):
-            yield
 
 
 def signature() -> ModelSignature:

@@ -32,7 +32,8 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from digseg.errors import DigSegError
-from digseg.evaluation.images import decode_image, png_bytes, split_classes
+from digseg.evaluation.classes import split_classes
+from digseg.evaluation.images import decode_image, png_bytes
 from digseg.evaluation.inference import Predictor
 from digseg.registry.models import ARTIFACT
 

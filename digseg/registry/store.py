@@ -16,13 +16,16 @@ from urllib.parse import urlsplit
 import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
 from digseg.config import Config, RunConfig
 from digseg.config.load import base_directory
 from digseg.errors import DigSegError
 
 _SQLITE = "sqlite:///"
+_SQLITE_MAGIC = b"SQLite format 3\0"
 _PROBE_TIMEOUT_S = 5.0
+_ENVIRONMENT = "MLFLOW_TRACKING_URI"
 
 
 def tracking_uri(config: Config) -> str:
@@ -32,7 +35,7 @@ def tracking_uri(config: Config) -> str:
 
 def default_tracking_uri(storage: str | Path | None = None) -> str:
     """$MLFLOW_TRACKING_URI, else SQLite in `storage` (the configuration's default storage if not given)."""
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+    if uri := os.environ.get(_ENVIRONMENT):
         return _normalised(uri)
     folder = base_directory() / (storage if storage is not None else RunConfig().storage)
     return f"{_SQLITE}{folder / 'mlflow.db'}"
@@ -52,11 +55,12 @@ def connect(uri: str, *, create: bool = False) -> MlflowClient:
     if (database := sqlite_path(uri)) is not None:
         if create:
             database.parent.mkdir(parents=True, exist_ok=True)
-        elif not database.is_file():
+        elif not database.exists():
             raise DigSegError(
                 f"no MLflow database at {database}: train a model first (make demo, or launch/train.py), or "
                 "name another store with --tracking-uri or MLFLOW_TRACKING_URI"
             )
+        _check_is_database(database)
     elif urlsplit(uri).scheme in ("http", "https"):
         _probe(uri)
     # Creating a database logs every migration at INFO.
@@ -68,22 +72,30 @@ def connect(uri: str, *, create: bool = False) -> MlflowClient:
             warnings.simplefilter("ignore", DeprecationWarning)
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         raise DigSegError(f"the MLflow store {uri} cannot be used: {first_line(error)}") from error
     return client
 
 
 @contextmanager
 def fluent(uri: str) -> Iterator[None]:
-    """Point MLflow's module-level functions at `uri` for a while, and back afterwards."""
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    """Point MLflow's module-level functions at `uri` for a while, and back afterwards.
+
+    MLflow keeps these settings in environment variables, which child processes (Ray's workers) would inherit.
+    """
+    before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+        mlflow.set_tracking_uri(before["MLFLOW_TRACKING_URI"])
+        mlflow.set_registry_uri(before["MLFLOW_REGISTRY_URI"])
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def artifact_location(uri: str) -> str | None:
@@ -115,6 +127,19 @@ def _normalised(uri: str) -> str:
             f"sqlite:///{uri.removeprefix('file://').rstrip('/') or '.'}/mlflow.db or the URL of a server"
         )
     return uri
+
+
+def _check_is_database(path: Path) -> None:
+    """MLflow would try for a quarter of a minute to read a file of another kind."""
+    try:
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            start = file.read(len(_SQLITE_MAGIC))
+    except OSError as error:
+        raise DigSegError(f"the MLflow database {path} cannot be read: {error.strerror or error}") from error
+    if start not in (b"", _SQLITE_MAGIC):
+        raise DigSegError(f"the MLflow store {path} cannot be used: it is not a SQLite database")
 
 
 def _probe(uri: str) -> None:

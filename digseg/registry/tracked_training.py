@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from digseg.config import Config
-from digseg.registry.tracking import MlflowRun
+from digseg.training.logging import RunLogger
 from digseg.training.run import TrainingResult
 from digseg.training.trainer import Trainer
 from digseg.training.world import World
@@ -15,5 +15,12 @@ def train_tracked(config: Config, world: World, show_progress: bool = True) -> T
     Raises:
         DigSegError: see :meth:`digseg.training.trainer.Trainer.train`.
     """
-    logger = MlflowRun(config, world.world_size) if world.is_main and config.tracking.enabled else None
-    return Trainer(config, world, logger, show_progress).train()
+    return Trainer(config, world, _logger(config, world), show_progress).train()
+
+
+def _logger(config: Config, world: World) -> RunLogger | None:
+    if not (world.is_main and config.tracking.enabled):
+        return None
+    from digseg.registry.tracking import MlflowRun  # takes seconds to import; other ranks do without
+
+    return MlflowRun(config, world.world_size)

@@ -170,14 +170,14 @@ class MlflowRun:
 
 def log_evaluation(uri: str, run_id: str, result: Mapping[str, Any]) -> None:
     """Add an evaluation (as `digseg.cluster.evaluate.evaluate_model` gives it) to a run: one metric a figure
-    and the whole as `evaluation.json`.
+    and the whole as `evaluation.json`. Corpora may also stand under `held_out`.
 
     Raises:
         DigSegError: the store cannot be reached, or has no such run.
     """
     client = connect(uri)
     figures = {"eval.mean_iou": result["mean_iou"]}
-    for name, corpus in result["corpora"].items():
+    for name, corpus in {**result["corpora"], **result.get("held_out", {})}.items():
         figures[f"eval.{name}.miou"] = corpus["miou"]
         figures[f"eval.{name}.pixel_accuracy"] = corpus["pixel_accuracy"]
         figures |= {f"eval.{name}.iou.{label}": iou for label, iou in corpus["classes"].items()}

@@ -21,9 +21,9 @@ def _random_maps(seed: int, num_classes: int, images: int = 6) -> list[tuple[NDA
     for _ in range(images):
         shape = tuple(random.integers(5, 40, size=2))
         labels = random.integers(0, num_classes, size=shape).astype(np.uint8)
-        predictions = np.where(
-            random.random(shape) < 0.6, labels, random.integers(0, num_classes, size=shape)
-        ).astype(np.uint8)
+        predictions = np.where(random.random(shape) < 0.6, labels, random.integers(0, num_classes, size=shape)).astype(
+            np.uint8
+        )
         labels[random.random(shape) < 0.1] = 255
         maps.append((labels, predictions))
     return maps

@@ -1,0 +1,113 @@
+"""The command `digseg`: what a user runs on their own machine. Cluster jobs are in `launch/`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from digseg import __version__
+from digseg.console import say
+from digseg.errors import run_main
+
+_URI_HELP = "MLflow store (default: $MLFLOW_TRACKING_URI, else the database in outputs/runs)"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. Subcommands import what they need themselves: `digseg --help` answers at once."""
+    parser = argparse.ArgumentParser(prog="digseg", description="Text-conditioned segmentation of any domain.")
+    parser.add_argument("--version", action="version", version=f"digseg {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_predict(commands)
+    _add_models(commands)
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+def entry() -> None:
+    """The console script."""
+    run_main(main)
+
+
+def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="segment images into the classes you name",
+        description="Writes STEM.mask.png (ids), STEM.legend.json and STEM.overlay.png for each image.",
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory")
+    parser.add_argument("--classes", required=True, help='names, separated by commas: "road, car, sky"')
+    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
+    parser.add_argument("--background", action="store_true", help="add a class for everything not named")
+    parser.add_argument("--tracking-uri", help=_URI_HELP)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.set_defaults(run=_predict)
+
+
+def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("models", help="look at the model registry")
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="registered versions, their aliases and figures")
+    listing.add_argument("--tracking-uri", help=_URI_HELP)
+    listing.set_defaults(run=_list_models)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from digseg.evaluation.classes import check_classes, split_classes
+    from digseg.serving.predictor import check_files, predict_files
+
+    classes = split_classes(options.classes)
+    check_classes(classes, options.background, max_classes=255)
+    check_files(options.images, options.out)
+
+    # Cheapest first: what the user got wrong is said before torch, diffusers and MLflow are loaded.
+    from digseg.registry.models import resolve
+
+    directory, reference = resolve(options.model, options.tracking_uri)
+
+    from digseg.evaluation.inference import Predictor
+
+    predictor = Predictor.load(directory, _device(options.device))
+    files = predict_files(predictor, reference, options.images, classes, options.out, options.background)
+    say(f"{reference.uri}: {len(options.images)} images segmented, {len(files)} files in {options.out}")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from digseg.errors import DigSegError
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DigSegError(f"--device {name!r} cannot be used: {reason}") from None
+    return name
+
+
+def _list_models(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from digseg.registry.models import list_versions
+    from digseg.registry.store import default_tracking_uri
+
+    store = options.tracking_uri or default_tracking_uri()
+    versions = list_versions(store)
+    if not versions:
+        say(f"no model is registered in {store}")
+        return
+    table = Table()
+    for column in ("model", "version", "aliases", "mean IoU", "created", "run"):
+        table.add_column(column, overflow="fold")
+    for version in versions:
+        created = datetime.fromtimestamp(version.created_ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M")
+        figures = (", ".join(version.aliases), version.mean_iou or "-", created, version.run_id or "-")
+        table.add_row(version.name, str(version.version), *figures)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,265 @@
+"""Registered models: packaged, found again, loaded by MLflow alone, served."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.pyfunc.scoring_server import infer_and_parse_data
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from small_world import VOCABULARY, World, picture_bytes
+
+from digseg.errors import DigSegError
+from digseg.evaluation.images import decode_image
+from digseg.evaluation.inference import Predictor
+from digseg.registry.lineage import directory_digest, mapping_digest
+from digseg.registry.models import list_versions, resolve, set_alias
+from digseg.registry.package import register_model
+from digseg.registry.store import connect, fluent
+from digseg.registry.tracking import MlflowRun
+
+PICTURE = picture_bytes()
+
+# What a user of MLflow who knows nothing of this repository would write.
+LOADER = """
+import base64, io, sys
+import mlflow, pandas
+from PIL import Image
+
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/digseg@champion")
+table = pandas.DataFrame({"image": [open(sys.argv[2], "rb").read()], "classes": ["road, car"]})
+answer = model.predict(table, params={"background": True})
+Image.open(io.BytesIO(base64.b64decode(answer["mask_png"][0]))).save(sys.argv[3])
+import digseg
+print(list(answer["classes"][0]))
+print(digseg.__file__)
+print([name for name in ("launch", "data_prep", "ray", "deepspeed") if name in sys.modules])
+"""
+
+
+def test_a_version_carries_its_lineage(world: World) -> None:
+    client = MlflowClient(tracking_uri=world.tracking_uri, registry_uri=world.tracking_uri)
+    version = client.get_model_version("digseg", "2")
+    assert version.run_id == world.run_id
+    manifest = json.loads((world.shards / "squares" / "train" / "manifest.json").read_text())
+    assert version.tags["dataset.squares/train"] == manifest["digest"]
+    assert version.tags["config_sha256"] == mapping_digest(world.config.model_dump(mode="json"))
+    assert version.tags["model_sha256"] == directory_digest(world.model_dir)
+    assert version.tags["git_revision"]
+    aliases = client.get_registered_model("digseg").aliases
+    assert {alias: int(number) for alias, number in aliases.items()} == {"challenger": 1, "champion": 2}
+    assert client.get_run(world.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("uri", "version"), [("models:/digseg@challenger", 1), ("models:/digseg@champion", 2), ("models:/digseg/1", 1)]
+)
+def test_uris_lead_to_the_registered_files(world: World, uri: str, version: int) -> None:
+    directory, model = resolve(uri, world.tracking_uri)
+    assert directory_digest(directory) == directory_digest(world.model_dir)
+    assert (model.name, model.version, model.run_id) == ("digseg", version, world.run_id)
+    assert model.uri == f"models:/digseg/{version}"
+
+
+def test_an_exported_directory_is_a_model_too(world: World) -> None:
+    directory, model = resolve(str(world.model_dir), "sqlite:////nowhere")
+    assert directory == world.model_dir
+    assert (model.version, model.tracking_uri) == (None, None)
+
+
+def test_what_is_not_there_is_answered_with_what_is(world: World, tmp_path: Path) -> None:
+    for uri, message in (
+        ("models:/digseg@champoin", r"no alias 'champoin'; its aliases: challenger \(version 1\), champion \(version"),
+        ("models:/digseg/7", r"no version 7; its versions: 1, 2"),
+        ("models:/digsec@champion", r"no registered model 'digsec' .*did you mean 'digseg'"),
+        ("models:/digseg", r"not understood; expected models:/NAME@ALIAS"),
+        (str(tmp_path / "gone"), r"no model directory .*gone"),
+        (str(tmp_path), r"not an exported model"),
+    ):
+        with pytest.raises(DigSegError, match=message):
+            resolve(uri, world.tracking_uri)
+
+
+def test_an_empty_registry_says_so(tmp_path: Path, world: World) -> None:
+    # An empty copy of a database: making one takes seconds.
+    database = tmp_path / "mlflow.db"
+    shutil.copy(world.tracking_uri.removeprefix("sqlite:///"), database)
+    client = connect(f"sqlite:///{database}")
+    client.delete_registered_model("digseg")
+    with pytest.raises(DigSegError, match=r"no model is registered in .*train and register one first"):
+        resolve("models:/digseg@champion", f"sqlite:///{database}")
+    assert list_versions(f"sqlite:///{database}") == []
+
+
+def test_aliases_move_and_are_listed(tmp_path: Path, world: World) -> None:
+    database = tmp_path / "mlflow.db"
+    shutil.copy(world.tracking_uri.removeprefix("sqlite:///"), database)
+    store = f"sqlite:///{database}"
+    set_alias("digseg", 1, "champion", store)
+    assert [(row.version, row.aliases) for row in list_versions(store)] == [(2, ()), (1, ("challenger", "champion"))]
+    with pytest.raises(DigSegError, match="no version 9"):
+        set_alias("digseg", 9, "champion", store)
+    with pytest.raises(DigSegError, match="alias 'v3' cannot be set"):
+        set_alias("digseg", 1, "v3", store)
+
+
+def test_files_that_were_moved_away_are_reported(tmp_path: Path, world: World) -> None:
+    files = resolve("models:/digseg/1", world.tracking_uri)[0].parents[1]
+    hidden = files.with_name("hidden")
+    files.rename(hidden)
+    try:
+        with pytest.raises(DigSegError, match=r"models:/digseg/1: its files should be in .* moved or deleted"):
+            resolve("models:/digseg/1", world.tracking_uri)
+    finally:
+        hidden.rename(files)
+
+
+def test_only_exported_models_are_registered(tmp_path: Path, world: World) -> None:
+    with pytest.raises(DigSegError, match="not an exported model"):
+        register_model(tmp_path, world.config)
+
+
+def test_plain_mlflow_loads_the_champion_and_predicts_as_the_predictor_does(world: World, tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(PICTURE)
+    arguments = [world.tracking_uri, str(tmp_path / "picture.png"), str(tmp_path / "mask.png")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", LOADER, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    classes, source, loaded = result.stdout.splitlines()[-3:]
+    assert classes == "['background', 'road', 'car']"
+    assert loaded == "[]"
+    # The code is that of the registered version, not of whatever is installed.
+    assert "mlartifacts" in source
+    expected = Predictor.load(world.model_dir).predict(decode_image(PICTURE, "x"), ["road", "car"], background=True)
+    with Image.open(tmp_path / "mask.png") as mask:
+        np.testing.assert_array_equal(np.array(mask), expected.mask)
+
+
+@pytest.fixture(scope="module")
+def model(world: World) -> mlflow.pyfunc.PyFuncModel:
+    with fluent(world.tracking_uri):
+        return mlflow.pyfunc.load_model("models:/digseg@champion")
+
+
+def test_requests_of_the_scoring_server_are_understood(world: World, model: mlflow.pyfunc.PyFuncModel) -> None:
+    request = {
+        "dataframe_split": {
+            "columns": ["image", "classes"],
+            "data": [[base64.b64encode(PICTURE).decode(), "road, car"]],
+        }
+    }
+    table = infer_and_parse_data(request, model.metadata.get_input_schema())
+    in_json = model.predict(table)
+    in_python = model.predict(pd.DataFrame({"image": [PICTURE], "classes": ["road, car"]}))
+    assert in_json["mask_png"][0] == in_python["mask_png"][0]
+
+
+def test_probabilities_come_when_asked_for(world: World, model: mlflow.pyfunc.PyFuncModel) -> None:
+    table = pd.DataFrame({"image": [PICTURE, picture_bytes(20, 30, "JPEG")], "classes": ["road, car", "square"]})
+    plain, full = model.predict(table), model.predict(table, params={"probabilities": True})
+    assert list(plain.columns) == ["mask_png", "classes"]
+    probabilities = [np.load(io.BytesIO(base64.b64decode(text))) for text in full["probabilities"]]
+    assert [array.shape for array in probabilities] == [(2, 50, 70), (1, 20, 30)]
+    with Image.open(io.BytesIO(base64.b64decode(full["mask_png"][0]))) as mask:
+        agreement = (np.array(mask) == probabilities[0].argmax(0)).mean()
+    assert agreement > 0.99  # float16 may tie
+
+
+def test_bad_rows_are_named(model: mlflow.pyfunc.PyFuncModel) -> None:
+    for image, classes, message in (
+        (PICTURE, "", "row 1: no classes given"),
+        (PICTURE, "road, Road", "row 1: class names given twice"),
+        (b"not an image", "road", "row 1: not an image"),
+    ):
+        table = pd.DataFrame({"image": [PICTURE, image], "classes": ["road", classes]})
+        with pytest.raises(DigSegError, match=message):
+            model.predict(table)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A real tracking server with an empty store, ended by its process id."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    store = [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/mlflow.db",
+        "--artifacts-destination",
+        str(tmp_path / "files"),
+    ]
+    log = tmp_path / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *store], stdout=output, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
+        )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_healthy(uri, process, log)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def _wait_until_healthy(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(f"{uri}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"the server did not come up:\n{log.read_text()}")
+
+
+def test_a_tracking_server_keeps_runs_and_models(
+    server: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIGSEG_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DigSegError, match="no model is registered"):
+        resolve("models:/digseg@champion", server)
+    values = world.config.model_dump(mode="json")
+    config = type(world.config).model_validate(
+        {**values, "run": {**values["run"], "storage": str(tmp_path)}, "tracking": {"uri": server}}
+    )
+    run = MlflowRun(config)
+    run.start(config.model_dump(mode="json"), {})
+    run.metrics(1, {"loss": 0.5})
+    run.finish("finished")
+    model = register_model(world.model_dir, config, run_id=run.run_id, alias="champion")
+    assert (model.version, model.alias) == (1, "champion")
+
+    first, _ = resolve("models:/digseg@champion", server)
+    assert first.is_relative_to(tmp_path / "cache")
+    assert directory_digest(first) == directory_digest(world.model_dir)
+    again, _ = resolve("models:/digseg/1", server)
+    assert again == first
+    assert Predictor.load(first).predict(decode_image(PICTURE, "x"), VOCABULARY).classes == VOCABULARY

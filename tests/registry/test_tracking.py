@@ -1,0 +1,174 @@
+"""A run in a real MLflow store, read back through MLflow's own client."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from small_world import World, small_config
+
+from digseg.config import Config
+from digseg.errors import DigSegError
+from digseg.registry.tracking import MlflowRun, flattened, log_evaluation, metric_name
+
+DIGEST = "ab" * 32
+
+
+@pytest.fixture
+def config(tmp_path: Path, world: World) -> Config:
+    """Another run in the world's store: making a database takes seconds."""
+    return small_config(tmp_path, tracking={"uri": world.tracking_uri, "experiment": tmp_path.name})
+
+
+@pytest.fixture
+def client(world: World) -> MlflowClient:
+    return MlflowClient(tracking_uri=world.tracking_uri, registry_uri=world.tracking_uri)
+
+
+def _started(config: Config, **changes: object) -> MlflowRun:
+    run = MlflowRun(config)
+    run.start({**config.model_dump(mode="json"), **changes}, {"squares/train": DIGEST})
+    return run
+
+
+def test_a_run_says_what_it_was_made_from(config: Config, client: MlflowClient, tmp_path: Path) -> None:
+    run = _started(config)
+    run.finish("finished")
+    stored = client.get_run(run.run_id)
+    assert stored.info.run_name == "small"
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params["training.steps"] == "2"
+    assert stored.data.params["model.unet.block_out_channels"] == "[16, 32]"
+    assert stored.data.tags["dataset.squares/train"] == DIGEST
+    assert stored.data.tags["world_size"] == "2"
+    assert len(stored.data.tags["config_sha256"]) == 64
+    assert stored.data.tags["git_dirty"] in {"true", "false", "unknown"}
+    (dataset,) = stored.inputs.dataset_inputs
+    assert dataset.dataset.name == "squares/train"
+    assert DIGEST.startswith(dataset.dataset.digest)
+    resolved = yaml.safe_load(Path(client.download_artifacts(run.run_id, "config.yaml", str(tmp_path))).read_text())
+    assert Config.model_validate(resolved) == config
+    environment = json.loads(Path(client.download_artifacts(run.run_id, "environment.json", str(tmp_path))).read_text())
+    assert environment["packages"]["torch"].startswith("2.")
+
+
+def test_metrics_arrive_with_their_steps_and_the_caller_does_not_wait(config: Config, client: MlflowClient) -> None:
+    run = _started(config)
+    before = time.perf_counter()
+    for step in range(300):
+        run.metrics(step, {"loss": 1 / (step + 1), "learning_rate": 0.1})
+    waited_s = time.perf_counter() - before
+    run.finish("finished")
+    history = client.get_metric_history(run.run_id, "loss")
+    assert {(metric.step, metric.value) for metric in history} == {(step, 1 / (step + 1)) for step in range(300)}
+    assert len(client.get_metric_history(run.run_id, "learning_rate")) == 300
+    assert waited_s < 0.5
+
+
+def test_starting_again_continues_the_run_without_repeating_its_metrics(config: Config, client: MlflowClient) -> None:
+    first = _started(config)
+    for step in (10, 20, 30):
+        first.metrics(step, {"loss": float(step)})
+    first.finish("failed")
+    assert client.get_run(first.run_id).info.status == "FAILED"
+
+    # The process that comes next resumes from a checkpoint at step 15.
+    second = _started(config)
+    assert second.run_id == first.run_id
+    assert client.get_run(first.run_id).info.status == "RUNNING"
+    for step in (20, 30, 40):
+        second.metrics(step, {"loss": float(step)})
+    second.finish("finished")
+    steps = [metric.step for metric in client.get_metric_history(first.run_id, "loss")]
+    assert sorted(steps) == [10, 20, 30, 40]
+    assert len(client.search_runs([client.get_run(first.run_id).info.experiment_id])) == 1
+
+
+def test_changed_parameters_of_a_continued_run_are_noted(config: Config, client: MlflowClient) -> None:
+    run = _started(config, cluster={"workers": 2})
+    again = _started(config, cluster={"workers": 4})
+    stored = client.get_run(again.run_id).data
+    assert run.run_id == again.run_id
+    assert stored.params["cluster.workers"] == "2"
+    assert stored.tags["changed_on_resume"] == "cluster.workers=4"
+
+
+def test_a_run_that_the_store_lost_is_made_anew(config: Config, client: MlflowClient) -> None:
+    first = _started(config)
+    client.delete_run(first.run_id)
+    assert _started(config).run_id != first.run_id
+
+
+def test_a_store_that_fails_in_between_costs_no_metric_and_no_time(
+    config: Config, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _started(config)
+    run.metrics(1, {"loss": 1.0})
+    real, failures = MlflowClient.log_batch, []
+
+    def failing(*arguments: object, **options: object) -> object:
+        if len(failures) < 2:
+            failures.append(1)
+            raise MlflowException("database is locked")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", failing)
+    run.metrics(2, {"loss": 0.5})
+    run.finish("finished")
+    assert len(failures) == 2
+    assert sorted(metric.step for metric in client.get_metric_history(run.run_id, "loss")) == [1, 2]
+
+
+def test_evaluations_become_metrics_and_an_artifact(config: Config, client: MlflowClient, tmp_path: Path) -> None:
+    run = _started(config)
+    part = {"split": "val", "pixel_accuracy": 0.9, "samples": 3}
+    result = {
+        "mean_iou": 0.5,
+        "corpora": {"camvid": {**part, "miou": 0.5, "classes": {"car": 0.25, "sky": None}}},
+        "synonyms": {"camvid": {"car": {"automobile": 0.2}}},
+        "held_out": {"town": {**part, "miou": 0.125, "classes": {"flower bed (red)": 0.125}}},
+    }
+    log_evaluation(config.tracking.uri or "", run.run_id, result)
+    assert client.get_run(run.run_id).data.metrics == {
+        "eval.mean_iou": 0.5,
+        "eval.camvid.miou": 0.5,
+        "eval.camvid.pixel_accuracy": 0.9,
+        "eval.camvid.iou.car": 0.25,
+        "eval.camvid.synonym.car.automobile": 0.2,
+        "eval.town.miou": 0.125,
+        "eval.town.pixel_accuracy": 0.9,
+        "eval.town.iou.flower bed _red_": 0.125,
+    }
+    stored = Path(client.download_artifacts(run.run_id, "evaluation.json", str(tmp_path)))
+    assert json.loads(stored.read_text()) == result
+
+
+def test_pictures_are_attached(config: Config, client: MlflowClient, tmp_path: Path) -> None:
+    picture = tmp_path / "grid.png"
+    picture.write_bytes(b"PNG")
+    run = _started(config)
+    run.log_images([picture])
+    assert [item.path for item in client.list_artifacts(run.run_id, "pictures")] == ["pictures/grid.png"]
+
+
+def test_a_deleted_experiment_is_reported_with_the_way_back(config: Config, client: MlflowClient) -> None:
+    run = _started(config)
+    client.delete_experiment(client.get_run(run.run_id).info.experiment_id)
+    (Path(config.run.storage) / config.run.name / "mlflow_run.json").unlink()
+    with pytest.raises(DigSegError, match=r"was deleted .*mlflow experiments restore"):
+        _started(config)
+
+
+def test_nested_values_become_flat_parameters() -> None:
+    nested = {"a": {"b": {"c": 1.5}, "d": None, "e": {}}, "f": [{"g": "h"}], "i": "text", "j": True}
+    expected = {"a.b.c": "1.5", "a.d": "null", "a.e": "{}", "f": '[{"g": "h"}]', "i": "text", "j": "true"}
+    assert flattened(nested) == expected
+
+
+def test_metric_names_hold_what_mlflow_allows() -> None:
+    assert metric_name("iou.caf\u00e9 (old), new/x:y-z") == "iou.caf_ _old__ new/x:y-z"
