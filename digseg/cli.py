@@ -9,7 +9,7 @@ from pathlib import Path
 
 from digseg import __version__
 from digseg.console import say
-from digseg.errors import run_main
+from digseg.errors import DigSegError, run_main
 
 _URI_HELP = "MLflow store (default: $MLFLOW_TRACKING_URI, else the database in outputs/runs)"
 
@@ -42,6 +42,9 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     parser.add_argument("--background", action="store_true", help="add a class for everything not named")
     parser.add_argument("--tracking-uri", help=_URI_HELP)
+    parser.add_argument(
+        "--short-side", type=int, metavar="PX", help="size that images are segmented at (default: the model's)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.set_defaults(run=_predict)
 
@@ -60,6 +63,8 @@ def _predict(options: argparse.Namespace) -> None:
 
     classes = split_classes(options.classes)
     check_classes(classes, options.background, max_classes=255)
+    if options.short_side is not None and options.short_side < 16:
+        raise DigSegError(f"--short-side is {options.short_side}; it must be at least 16 pixels")
     check_files(options.images, options.out)
 
     # Cheapest first: what the user got wrong is said before torch, diffusers and MLflow are loaded.
@@ -69,15 +74,13 @@ def _predict(options: argparse.Namespace) -> None:
 
     from digseg.evaluation.inference import Predictor
 
-    predictor = Predictor.load(directory, _device(options.device))
+    predictor = Predictor.load(directory, _device(options.device), options.short_side)
     files = predict_files(predictor, reference, options.images, classes, options.out, options.background)
     say(f"{reference.uri}: {len(options.images)} images segmented, {len(files)} files in {options.out}")
 
 
 def _device(name: str) -> str:
     import torch
-
-    from digseg.errors import DigSegError
 
     try:
         torch.zeros(1, device=name)

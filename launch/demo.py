@@ -135,7 +135,7 @@ def _rows(config: Config, entry: CorpusSplit, predictor: Predictor) -> Iterator[
     title = f"{entry.name} ({corpus.manifest.domain.replace('_', ' ')})"
     for number in range(shown):
         sample = corpus.read(number * len(corpus) // shown)
-        mask = predictor.predict(sample.image, vocabulary).mask
+        mask = predictor.for_corpus(entry.name).predict(sample.image, vocabulary).mask
         yield PictureRow(title, sample.image, sample.mask, mask, vocabulary)
 
 

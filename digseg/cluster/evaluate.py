@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from digseg.evaluation.evaluate import corpus_result, count_samples, renamed
 from digseg.evaluation.inference import Predictor
 from digseg.evaluation.metrics import ConfusionMatrix
 from digseg.model.export import read_card
+from digseg.registry.lineage import directory_digest
 
 _CHUNK = 8  # samples of a task
 
@@ -65,14 +66,14 @@ def evaluate_model(
     splits = [_Split.opened(str(data_root), name, split, synonyms or {}) for name, split in corpora]
     _check_synonyms(synonyms or {}, splits)
     with ray_session(cluster):
-        files = ray.put(_packed(model_dir))
+        model = _Model(directory_digest(model_dir), ray.put(_packed(model_dir)))
         chunks = [
-            _Chunk(files, number, split.root, split.corpus, split.split, start, split.wordings, num_gpus > 0)
+            _Chunk(model, number, split.root, split.corpus, split.split, start, split.wordings, num_gpus > 0)
             for number, split in enumerate(splits)
             for start in range(0, split.samples, _CHUNK)
         ]
         totals = [[ConfusionMatrix(split.num_classes) for _ in split.wordings] for split in splits]
-        counted = fan_out(_count, chunks, "evaluating", num_gpus=num_gpus, unit=f"x {_CHUNK} images")
+        counted = fan_out(_count, chunks, "evaluating", num_gpus=num_gpus, unit=f"chunks of {_CHUNK} images")
         for chunk, matrices in zip(chunks, counted, strict=True):
             for total, counts in zip(totals[chunk.number], matrices, strict=True):
                 total.merge(ConfusionMatrix(total.num_classes, counts))
@@ -115,10 +116,18 @@ class _Split:
 
 
 @dataclass(frozen=True)
+class _Model:
+    """The files of a model in the object store; models are the same if their files are."""
+
+    digest: str
+    files: Any = field(compare=False)
+
+
+@dataclass(frozen=True)
 class _Chunk:
     """What one task counts: samples from `start` on, under each wording."""
 
-    files: Any  # reference to the packed model
+    model: _Model
     number: int
     root: str
     corpus: str
@@ -129,17 +138,17 @@ class _Chunk:
 
 
 def _count(chunk: _Chunk) -> list[NDArray[np.int64]]:
-    predictor = _predictor(chunk.files, "cuda" if chunk.on_gpu and torch.cuda.is_available() else "cpu")
+    predictor = _predictor(chunk.model, "cuda" if chunk.on_gpu and torch.cuda.is_available() else "cpu")
     corpus = ShardedCorpus(chunk.root, chunk.corpus, chunk.split)
     samples = range(chunk.start, min(chunk.start + _CHUNK, len(corpus)))
-    return [matrix.counts for matrix in count_samples(predictor, corpus, samples, chunk.wordings)]
+    return [matrix.counts for matrix in count_samples(predictor.for_corpus(corpus.manifest.corpus), corpus, samples, chunk.wordings)]
 
 
 @lru_cache(maxsize=1)
-def _predictor(files: Any, device: str) -> Predictor:
-    """The model, loaded once in the life of a worker process."""
+def _predictor(model: _Model, device: str) -> Predictor:
+    """The model, loaded once by a worker process, however many evaluations it serves."""
     with tempfile.TemporaryDirectory(prefix="digseg-model-") as folder:
-        for name, content in ray.get(files).items():
+        for name, content in ray.get(model.files).items():
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+
+CONNECT_TIMEOUT_S = 10.0
 
 
 @contextmanager
@@ -48,13 +51,21 @@ def ray_session(cluster: ClusterConfig | None = None) -> Iterator[None]:
 
 def _join(address: str) -> None:
     try:
+        _check_listening(address)
         ray.init(address=address, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise DigSegError(
             f"cannot join the Ray cluster at {address!r}: {error}. Start it, or unset RAY_ADDRESS and "
             "cluster.address to run on this machine alone; a cluster on other machines also needs its token "
             "(RAY_AUTH_MODE=token)"
         ) from error
+
+
+def _check_listening(address: str) -> None:
+    """Ask whether anybody is at ``host:port``: Ray itself tries for minutes before it gives up."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _start(cluster: ClusterConfig | None) -> None:
@@ -64,7 +75,8 @@ def _start(cluster: ClusterConfig | None) -> None:
         address="local",
         # More workers than cores is slow but runs; with fewer CPUs than workers Ray would wait for ever.
         num_cpus=max(cores, wanted),
-        include_dashboard=False,
+        # Ray Train asks the state API, which the dashboard serves, whether its controller is still alive.
+        include_dashboard=True,
         # The only warning of a sound start is that a token was made, which needs nothing of the user.
         logging_level=logging.ERROR,
     )

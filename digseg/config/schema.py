@@ -94,11 +94,17 @@ class PrepareConfig(Section):
 
 
 class CorpusSplit(Section):
-    """A split of a sharded corpus; ``weight`` is its share of the mixture, relative to the others'."""
+    """A split of a sharded corpus."""
 
     name: str
     split: str = "train"
-    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class MixtureEntry(CorpusSplit):
+    """A split that is trained on."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0  # share of the mixture, relative to the others'
+    short_side: Positive | None = None  # px; None: data.short_side. Also the size its images are evaluated at
 
 
 class QueriesConfig(Section):
@@ -125,7 +131,7 @@ class DataConfig(Section):
     """Shards, their mixture, and how a sample becomes a training crop."""
 
     root: Location = "outputs/shards"
-    corpora: Annotated[list[CorpusSplit], Field(min_length=1)]
+    corpora: Annotated[list[MixtureEntry], Field(min_length=1)]
     crop_size: Positive = 128  # px
     short_side: Positive = 256  # px; images are resized so that their shorter side has this length ...
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 1.5)  # ... times this

@@ -114,7 +114,10 @@ class TrainingData:
             [len(corpus) for corpus in self._corpora], [entry.weight for entry in config.corpora], seed
         )
         self._vocabularies = [query_vocabulary(m, self.manifests, self.names) for m in self.manifests]
-        self._transforms = [TransformSettings.of(config, manifest.domain) for manifest in self.manifests]
+        self._transforms = [
+            TransformSettings.of(config, entry, manifest.domain)
+            for entry, manifest in zip(config.corpora, self.manifests, strict=True)
+        ]
         self._cache = DecodedCache(config.decoded_cache_mb << 20)
 
     def sample(self, position: int) -> TrainingSample:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from digseg.config.schema import DataConfig
+from digseg.config.schema import DataConfig, MixtureEntry
 
 IGNORE_LABEL = 255
 
@@ -27,11 +27,11 @@ class TransformSettings:
     colour_jitter: float
 
     @classmethod
-    def of(cls, config: DataConfig, domain: str) -> TransformSettings:
+    def of(cls, config: DataConfig, entry: MixtureEntry, domain: str) -> TransformSettings:
         """The settings of a run for a corpus of a domain; only natural scenes have an up and a down."""
         return cls(
             config.crop_size,
-            config.short_side,
+            entry.short_side or config.short_side,
             config.scale,
             config.flip,
             domain == "natural",

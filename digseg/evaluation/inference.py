@@ -30,16 +30,24 @@ class Prediction:
 class Predictor:
     """Segments images with a loaded model; deterministic."""
 
-    def __init__(self, model: LoadedModel, device: str = "cpu") -> None:
+    def __init__(self, model: LoadedModel, device: str = "cpu", short_side: int | None = None) -> None:
+        """Args:
+        short_side: length in pixels that the shorter side of an image is brought to; None: the model's own.
+        """
         self._model = model
+        self._short_side = short_side or model.card.short_side
         self._device = torch.device(device)
         self._segmenter = model.segmenter.to(self._device)
         self._embedded: dict[tuple[str, ...], Tensor] = {}
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> Predictor:
+    def load(cls, directory: Path, device: str = "cpu", short_side: int | None = None) -> Predictor:
         """Load an exported model directory."""
-        return cls(load_model(directory), device)
+        return cls(load_model(directory), device, short_side)
+
+    def for_corpus(self, name: str) -> Predictor:
+        """The same model at the working size that it was trained with on a corpus; its default elsewhere."""
+        return Predictor(self._model, str(self._device), self.card.corpus_short_sides.get(name))
 
     @property
     def card(self) -> ModelCard:
@@ -81,7 +89,7 @@ class Predictor:
         return posterior[0]
 
     def _working_size(self, height: int, width: int) -> tuple[int, int]:
-        scale = self.card.short_side / min(height, width)
+        scale = self._short_side / min(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     def _logits(self, pixels: Tensor, names: tuple[str, ...]) -> Tensor:

@@ -48,7 +48,8 @@ class ModelCard:
     model: ModelConfig
     text_fingerprint: str
     names: tuple[str, ...]  # class names it was trained on
-    short_side: int  # px: the size that images are brought to
+    short_side: int  # px: the size that images are brought to ...
+    corpus_short_sides: dict[str, int]  # ... unless they are of a corpus that was trained at another
     palette_size: int
     max_classes: int  # per pass
     metadata: dict[str, Any]  # lineage: run, step, data digests, ...
@@ -99,6 +100,7 @@ def export_model(
         "text_fingerprint": text_fingerprint,
         "names": list(table.names),
         "short_side": config.data.short_side,
+        "corpus_short_sides": {e.name: e.short_side for e in config.data.corpora if e.short_side is not None},
         "palette_size": config.data.queries.palette_size,
         "max_classes": config.data.queries.max_classes,
         "metadata": dict(metadata),

@@ -89,6 +89,7 @@ class MiniLMText:
             )
         from transformers import AutoModel, AutoTokenizer
 
+        _hide_loading_bars()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         self._model: Any = AutoModel.from_pretrained(
             str(directory), local_files_only=True, use_safetensors=True, dtype=torch.float32
@@ -117,6 +118,7 @@ class CLIPText:
         self.fingerprint = f"clip:{_sha256(model_dir / 'model.safetensors', 'model.text.path')}"
         from transformers import CLIPTextModel, CLIPTokenizer
 
+        _hide_loading_bars()
         self._tokenizer: Any = CLIPTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
         model: Any = CLIPTextModel
         self._model = model.from_pretrained(str(model_dir), local_files_only=True, use_safetensors=True).eval()
@@ -132,6 +134,14 @@ class CLIPText:
         tokens = self._tokenizer(list(names), padding=True, truncation=True, return_tensors="pt")
         pooled: Tensor = self._model(**tokens).pooler_output
         return F.normalize(pooled.float(), dim=-1)
+
+
+def _hide_loading_bars() -> None:
+    """Weights of this size load in a moment; transformers' bars would only clutter every process's output."""
+    from transformers.utils import logging
+
+    disable: Any = logging.disable_progress_bar
+    disable()
 
 
 def _sha256(path: Path, key: str) -> str:

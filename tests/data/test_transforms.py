@@ -175,4 +175,10 @@ def test_brightness_scales_grey_images() -> None:
 @pytest.mark.parametrize(("domain", "upright"), [("natural", True), ("medical", False), ("remote_sensing", False)])
 def test_only_natural_scenes_have_an_up(domain: str, upright: bool) -> None:
     config = data_config("/nowhere", [{"name": "any"}]).data
-    assert TransformSettings.of(config, domain).upright is upright
+    assert TransformSettings.of(config, config.corpora[0], domain).upright is upright
+
+
+def test_a_corpus_may_have_a_size_of_its_own() -> None:
+    config = data_config("/nowhere", [{"name": "a"}, {"name": "b", "short_side": 100}], short_side=60).data
+    sizes = [TransformSettings.of(config, entry, "medical").short_side for entry in config.corpora]
+    assert sizes == [60, 100]

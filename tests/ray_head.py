@@ -1,0 +1,85 @@
+"""A Ray head of a test's own: free ports, token authentication, ended by its process id."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """A running head; ``environment`` is what a client of it sets."""
+
+    dashboard: str
+    environment: dict[str, str]
+
+
+@contextmanager
+def start_head(folder: Path, environment: Mapping[str, str], num_cpus: int = 2) -> Iterator[RayHead]:
+    """``ray start --head`` for the duration of the block; its output goes to ``folder/ray_head.log``."""
+    programs = str(Path(sys.executable).parent)
+    port, dashboard_port, agent_port, client_port, metrics_port = _free_ports(5)
+    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # Unix sockets below this folder have short names only, so pytest's own folders are too deep.
+    session = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    with (folder / "ray_head.log").open("w") as log:
+        head = subprocess.Popen(
+            [
+                f"{programs}/ray", "start", "--head", "--block", f"--num-cpus={num_cpus}", f"--temp-dir={session}",
+                f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
+                f"--dashboard-agent-listen-port={agent_port}", f"--ray-client-server-port={client_port}",
+                f"--metrics-export-port={metrics_port}", "--node-ip-address=127.0.0.1", "--disable-usage-stats",
+            ],
+            env={**environment, **auth, "PATH": f"{programs}:{os.environ['PATH']}"},
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    dashboard = f"http://127.0.0.1:{dashboard_port}"
+    try:
+        _wait_until_up(f"{dashboard}/api/version", auth["RAY_AUTH_TOKEN"], head, folder / "ray_head.log")
+        yield RayHead(dashboard, {**auth, "RAY_API_SERVER_ADDRESS": dashboard})
+    finally:
+        # --block ends with all that it started; the group is the head's own, so what is left of it goes too.
+        head.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+def _wait_until_up(url: str, token: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            if head.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the head is not up: {error}\n{log.read_text()[-3000:]}") from error
+            time.sleep(0.2)
