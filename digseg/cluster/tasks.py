@@ -30,7 +30,8 @@ def fan_out(
     tried again by Ray; one that raises ends the work: the others are cancelled and its exception is raised here as
     it was, the remote traceback being its cause.
     """
-    remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(function)
+    # Ray takes plain functions only, and would make an actor of a class.
+    remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(lambda item: function(item))
     limit = 2 * _room(num_cpus, num_gpus)
     waiting = deque(items)
     in_flight: deque[Any] = deque()
@@ -44,7 +45,7 @@ def fan_out(
                 yield result
         finally:
             for reference in in_flight:
-                ray.cancel(reference, force=True)
+                ray.cancel(reference)
 
 
 def _get(reference: Any) -> Any:

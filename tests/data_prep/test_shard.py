@@ -1,0 +1,309 @@
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.shard import shard_corpus
+from data_prep.shard_job import plan_shards
+from digseg.cluster.runtime import ray_session
+from digseg.data.corpus import ShardedCorpus
+from digseg.data.format import load_manifest
+from digseg.errors import DigSegError
+
+CLASSES = "name: garden\nclasses: [path, grass, tree]\ndomain: natural\nlicence: CC0-1.0\nsplits: 5\n"
+
+
+@pytest.fixture(scope="module")
+def ray_running() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+@pytest.fixture
+def garden(tmp_path: Path) -> Path:
+    """A folder corpus of ten images: eight of train, two of val."""
+    root = tmp_path / "garden"
+    random = np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    (root / "classes.yaml").write_text(CLASSES)
+    for number in range(10):
+        image = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        suffix = "jpg" if number % 2 else "png"
+        Image.fromarray(image).save(root / "images" / f"plot{number}.{suffix}")
+        mask = random.integers(0, 3, (24, 32)).astype(np.uint8)
+        mask[0] = 255
+        Image.fromarray(mask).save(root / "masks" / f"plot{number}.png")
+    return root
+
+
+def sha256s(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def shard(garden: Path, out: Path, **options: int | str) -> None:
+    shard_corpus("folder", garden, "train", out, **{"samples_per_shard": 3, **options})  # type: ignore[arg-type]
+
+
+def rejected(out: Path) -> dict[str, str]:
+    lines = (out / "garden/train/rejected.jsonl").read_text().splitlines()
+    return {record["key"]: record["reason"] for record in map(json.loads, lines)}
+
+
+def cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "data_prep/shard.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+
+
+def test_plan_holds_every_key_once_in_shards_of_nearly_equal_size() -> None:
+    keys = [f"k{number}" for number in range(1001)]
+    plan = plan_shards(keys, seed=0, samples_per_shard=100)
+    assert sorted(key for shard_keys in plan for key in shard_keys) == sorted(keys)
+    assert {len(shard_keys) for shard_keys in plan} == {91}
+    assert all(shard_keys == sorted(shard_keys) for shard_keys in plan)
+
+
+def test_plan_depends_on_the_keys_and_the_seed_alone() -> None:
+    keys = [f"k{number}" for number in range(50)]
+    assert plan_shards(keys, 1, 10) == plan_shards(keys[::-1], 1, 10)
+    assert plan_shards(keys, 1, 10) != plan_shards(keys, 2, 10)
+
+
+@pytest.mark.parametrize(("samples", "shards"), [(1, 1), (64, 1), (65, 2), (240, 4), (2000, 4), (5000, 10)])
+def test_small_corpora_get_few_shards_by_default(samples: int, shards: int) -> None:
+    assert len(plan_shards([f"{number}" for number in range(samples)], 0)) == shards
+
+
+@pytest.mark.cluster
+def test_shards_hold_the_corpus_as_its_adapter_reads_it(garden: Path, tmp_path: Path, ray_running: None) -> None:
+    shard(garden, tmp_path / "out")
+    corpus = ShardedCorpus(tmp_path / "out", "garden", "train")
+    corpus.verify()
+    assert corpus.manifest.vocabulary == ("path", "grass", "tree")
+    assert (corpus.manifest.domain, corpus.manifest.licence) == ("natural", "CC0-1.0")
+    assert len(corpus) == 8
+    assert len(corpus.manifest.shards) == 3
+    for number in range(8):
+        sample = corpus.read(number)
+        mask = np.asarray(Image.open(garden / "masks" / f"{sample.key}.png"))
+        np.testing.assert_array_equal(sample.mask, mask)
+        source = garden / sample.meta["source"]
+        np.testing.assert_array_equal(sample.image, np.asarray(Image.open(source).convert("RGB")))
+        assert (sample.meta["height"], sample.meta["width"]) == (24, 32)
+    assert rejected(tmp_path / "out") == {}
+
+
+@pytest.mark.cluster
+def test_image_files_go_into_the_shards_as_they_are(garden: Path, tmp_path: Path, ray_running: None) -> None:
+    shard(garden, tmp_path / "out")
+    tars = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*.tar"))
+    for name in ("plot1.jpg", "plot2.png"):
+        assert (garden / "images" / name).read_bytes() in tars
+
+
+@pytest.mark.cluster
+def test_sharding_twice_gives_identical_files(garden: Path, tmp_path: Path, ray_running: None) -> None:
+    shard(garden, tmp_path / "one")
+    moved = garden.rename(tmp_path / "elsewhere")
+    for path in moved.rglob("*.png"):
+        path.touch()
+    shard(moved, tmp_path / "two")
+    assert len(sha256s(tmp_path / "one")) == 8
+    assert sha256s(tmp_path / "one") == sha256s(tmp_path / "two")
+
+
+@pytest.mark.cluster
+def test_running_again_verifies_and_rewrites_nothing(
+    garden: Path, tmp_path: Path, ray_running: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard(garden, tmp_path / "out")
+    shards = sorted((tmp_path / "out").rglob("*.tar"))
+    before = [path.stat().st_ino for path in shards]
+    capsys.readouterr()
+    shard(garden, tmp_path / "out")
+    assert [path.stat().st_ino for path in shards] == before
+    assert "(0 written, 3 verified)" in capsys.readouterr().out
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "remove index", "flip index", "remove manifest"])
+def test_running_again_mends_exactly_what_is_damaged(
+    garden: Path, tmp_path: Path, ray_running: None, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    out = tmp_path / "out"
+    shard(garden, out)
+    sound = sha256s(out)
+    victim = out / "garden/train/garden-train-000001"
+    if "index" in damage:
+        victim = victim.with_suffix(".idx")
+    else:
+        victim = victim.with_suffix(".tar") if "manifest" not in damage else victim.with_name("manifest.json")
+    content = bytearray(victim.read_bytes())
+    if "flip" in damage:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif damage == "cut":
+        victim.write_bytes(content[:-512])
+    else:
+        victim.unlink()
+    capsys.readouterr()
+    shard(garden, out)
+    assert sha256s(out) == sound
+    written = 0 if "manifest" in damage else 1
+    assert f"({written} written, {3 - written} verified)" in capsys.readouterr().out
+
+
+@pytest.mark.cluster
+def test_changed_source_changes_its_shard_and_the_digest(garden: Path, tmp_path: Path, ray_running: None) -> None:
+    out = tmp_path / "out"
+    shard(garden, out)
+    before, files = load_manifest(out, "garden", "train"), sha256s(out)
+    Image.fromarray(np.zeros((24, 32), np.uint8)).save(garden / "masks" / "plot1.png")
+    shard(garden, out)
+    assert load_manifest(out, "garden", "train").digest != before.digest
+    changed = {name for name, digest in sha256s(out).items() if files[name] != digest}
+    assert len([name for name in changed if name.endswith(".tar")]) == 1
+
+
+@pytest.mark.cluster
+def test_smaller_corpus_leaves_no_old_shards_behind(garden: Path, tmp_path: Path, ray_running: None) -> None:
+    shard(garden, tmp_path / "out", samples_per_shard=1)
+    shard(garden, tmp_path / "out", samples_per_shard=8)
+    shard(garden, tmp_path / "fresh", samples_per_shard=8)
+    assert sha256s(tmp_path / "out") == sha256s(tmp_path / "fresh")
+
+
+@pytest.mark.cluster
+def test_name_of_the_sharded_corpus_can_be_chosen(garden: Path, tmp_path: Path, ray_running: None) -> None:
+    shard(garden, tmp_path / "out", name="my-plot")
+    assert load_manifest(tmp_path / "out", "my-plot", "train").shards[0].name == "my-plot-train-000000.tar"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BAD_SAMPLES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "mask without image": (lambda root: (root / "images/plot1.jpg").unlink(), "no image"),
+    "image without mask": (lambda root: (root / "masks/plot1.png").unlink(), "no mask"),
+    "mask of another size": (
+        lambda root: Image.fromarray(np.zeros((9, 9), np.uint8)).save(root / "masks/plot1.png"),
+        "size|9",
+    ),
+    "class id outside the vocabulary": (
+        lambda root: Image.fromarray(np.full((24, 32), 3, np.uint8)).save(root / "masks/plot1.png"),
+        "3",
+    ),
+    "truncated PNG": (lambda root: cut(root / "masks/plot1.png"), "mask"),
+    "truncated JPEG": (lambda root: cut(root / "images/plot1.jpg"), "image"),
+}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("kind", BAD_SAMPLES)
+def test_bad_sample_is_rejected_with_its_reason_and_the_job_goes_on(
+    garden: Path, tmp_path: Path, ray_running: None, kind: str
+) -> None:
+    spoil, reason = BAD_SAMPLES[kind]
+    spoil(garden)
+    out = tmp_path / "out"
+    shard(garden, out)
+    found = rejected(out)
+    assert set(found) == {"plot1"}
+    assert re.search(reason, found["plot1"]), found
+    assert str(tmp_path) not in found["plot1"]
+    corpus = ShardedCorpus(out, "garden", "train")
+    corpus.verify()
+    assert len(corpus) == 7
+    assert corpus.manifest.rejected == 1
+    assert "plot1" not in {corpus.key(number) for number in range(7)}
+
+
+@pytest.mark.cluster
+def test_job_without_a_single_intact_sample_stops_before_it_writes(
+    garden: Path, tmp_path: Path, ray_running: None
+) -> None:
+    for path in (garden / "masks").iterdir():
+        cut(path)
+    with pytest.raises(DigSegError, match=r"none of 8 samples can be used: .*mask"):
+        shard(garden, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.cluster
+def test_command_line_shards_reports_and_counts_rejected_samples(garden: Path, tmp_path: Path) -> None:
+    (garden / "masks/plot1.png").unlink()
+    done = cli("--corpus", "folder", "--root", garden, "--split", "train", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "garden/train: 7 samples in 1 shards (1 written, 0 verified)" in done.stdout
+    assert "1 samples rejected" in done.stdout
+    assert "plot1: no mask" in done.stdout
+    assert len(ShardedCorpus(tmp_path / "out", "garden", "train")) == 7
+
+
+def no_masks(garden: Path) -> None:
+    shutil.rmtree(garden / "masks")
+    (garden / "masks").mkdir()
+
+
+def no_images_or_masks(garden: Path) -> None:
+    for folder in ("images", "masks"):
+        shutil.rmtree(garden / folder)
+        (garden / folder).mkdir()
+
+
+BAD_JOBS: dict[str, tuple[Callable[[Path], object], dict[str, str], str]] = {
+    "missing root": (shutil.rmtree, {}, "does not exist"),
+    "empty split": (no_images_or_masks, {}, "'train' is empty"),
+    "unknown split": (lambda root: None, {"--split": "trian"}, "did you mean 'train'"),
+    "unknown corpus": (lambda root: None, {"--corpus": "camvit"}, "did you mean 'camvid'"),
+    "no mask at all": (no_masks, {}, "none of 8 samples can be used"),
+    "bad name": (lambda root: None, {"--name": "a/b"}, "use letters, digits"),
+    "no samples in a shard": (lambda root: None, {"--samples-per-shard": "0"}, "must be at least 1"),
+    "out is a file": (lambda root: (root.parent / "file").touch(), {"--out": "file/out"}, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_JOBS)
+def test_bad_job_stops_with_its_message_and_exit_code_2_before_it_writes(
+    garden: Path, tmp_path: Path, kind: str
+) -> None:
+    spoil, changes, message = BAD_JOBS[kind]
+    spoil(garden)
+    before = sorted(tmp_path.iterdir())
+    options = {"--corpus": "folder", "--root": str(garden), "--split": "train", "--out": "out", **changes}
+    options["--out"] = str(tmp_path / options["--out"])
+    done = cli(*(part for option in options.items() for part in option))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.cluster
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("corpus", "split", "samples"), [("camvid", "train", 60), ("dsb2018", "val", 13), ("cwfid", "train", 39)]
+)
+def test_real_samples_are_sharded_whole(
+    real_corpora: Path, tmp_path: Path, ray_running: None, corpus: str, split: str, samples: int
+) -> None:
+    manifest = shard_corpus(corpus, real_corpora / corpus, split, tmp_path)
+    assert (manifest.samples, manifest.rejected) == (samples, 0)
+    sharded = ShardedCorpus(tmp_path, corpus, split)
+    sharded.verify()
+    values = {int(value) for number in range(len(sharded)) for value in np.unique(sharded.read(number).mask)}
+    assert values <= {*range(len(manifest.vocabulary)), 255}
+    assert len(values - {255}) == len(manifest.vocabulary)
