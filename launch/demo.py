@@ -24,7 +24,7 @@ from digseg.data.corpus import ShardedCorpus
 from digseg.errors import DigSegError, run_main
 from digseg.evaluation.inference import Predictor
 from digseg.evaluation.picture import PictureRow, prediction_grid
-from digseg.registry.models import ModelRef, list_versions, resolve, set_alias
+from digseg.registry.models import ModelRef, list_versions, resolve, set_alias, tag_evaluation
 from digseg.registry.package import register_model
 from digseg.registry.store import tracking_uri
 from digseg.registry.tracking import MlflowRun, log_evaluation
@@ -70,6 +70,7 @@ def run_demo(config: Config, out: Path) -> dict[str, Any]:
         with _timed(seconds, "evaluation"):
             evaluation = _evaluated(config, model)
     log_evaluation(tracking_uri(config), run.run_id, evaluation)
+    tag_evaluation(model, evaluation)
     set_alias(model.name, _version(model), CHAMPION, tracking_uri(config))
     with _timed(seconds, "prediction"):
         picture = _picture(config, out / "predictions.png")

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Ray and MLflow take seconds to import: a command that is wrong should say so at once.
     from digseg.cluster.evaluate import evaluate_model
-    from digseg.registry.models import resolve, set_alias
+    from digseg.registry.models import resolve, set_alias, tag_evaluation
     from digseg.registry.store import default_tracking_uri, tracking_uri
     from digseg.registry.tracking import log_evaluation
 
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"written: {options.out}")
     if reference.run_id is not None and reference.tracking_uri is not None and not options.no_log:
         log_evaluation(reference.tracking_uri, reference.run_id, result)
+        tag_evaluation(reference, result)
         say(f"logged to MLflow run {reference.run_id} in {reference.tracking_uri}")
     if options.set_alias and reference.version is not None:
         set_alias(reference.name, reference.version, options.set_alias, reference.tracking_uri)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,29 @@ def set_alias(name: str, version: int, alias: str, tracking_uri: str | None = No
         client.set_registered_model_alias(name, alias, str(version))
     except MlflowException as error:
         raise DigSegError(f"alias {alias!r} cannot be set: {first_line(error)}") from error
+
+
+def tag_evaluation(model: ModelRef, result: Mapping[str, Any]) -> None:
+    """Put an evaluation's headline figures on a registered version, where `list_versions` finds them.
+
+    Raises:
+        DigSegError: a store that cannot be reached, or a version that is gone.
+    """
+    if model.version is None or model.tracking_uri is None:
+        return
+    client = connect(model.tracking_uri)
+    try:
+        for key, value in evaluation_tags(result).items():
+            client.set_model_version_tag(model.name, str(model.version), key, value)
+    except MlflowException as error:
+        raise DigSegError(f"{model.uri} cannot be tagged: {first_line(error)}") from error
+
+
+def evaluation_tags(result: Mapping[str, Any]) -> dict[str, str]:
+    """`mean_iou` and `miou.CORPUS` of an evaluation, as tags of a version."""
+    figures = {"mean_iou": result["mean_iou"]}
+    figures |= {f"miou.{name}": corpus["miou"] for name, corpus in result["corpora"].items()}
+    return {key: f"{value:.4f}" for key, value in figures.items()}
 
 
 def list_versions(tracking_uri: str | None = None) -> list[ListedVersion]:

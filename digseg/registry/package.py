@@ -24,9 +24,9 @@ from digseg.data.format import list_manifests
 from digseg.errors import DigSegError
 from digseg.model.export import read_card
 from digseg.registry import lineage
-from digseg.registry.models import ARTIFACT, ModelRef, set_alias
+from digseg.registry.models import ARTIFACT, ModelRef, evaluation_tags, set_alias
 from digseg.registry.store import connect, first_line, fluent, tracking_uri
-from digseg.registry.tracking import experiment_id, metric_name
+from digseg.registry.tracking import experiment_id
 
 # What prediction needs; MLflow's own inference of requirements would load the model in another process.
 _REQUIREMENTS = (
@@ -160,7 +160,5 @@ def _lineage(
         if (manifest.corpus, manifest.split) in trained_on:
             tags[f"dataset.{manifest.corpus}/{manifest.split}"] = manifest.digest
     if evaluation is not None:
-        tags["mean_iou"] = f"{evaluation['mean_iou']:.4f}"
-        for name, corpus in evaluation["corpora"].items():
-            tags[metric_name(f"miou.{name}")] = f"{corpus['miou']:.4f}"
+        tags |= evaluation_tags(evaluation)
     return tags

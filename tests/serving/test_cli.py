@@ -1,0 +1,165 @@
+"""The command `digseg`: what it writes, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_world import World, picture_bytes
+
+from digseg.cli import main
+from digseg.errors import DigSegError, run_main
+from digseg.evaluation.images import read_image
+from digseg.evaluation.inference import Predictor
+
+CHAMPION = "models:/digseg@champion"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "street.png"
+    path.write_bytes(picture_bytes())
+    return path
+
+
+def _predict(world: World, out: Path, *images: Path, classes: str = "road, car", model: str = CHAMPION) -> list[str]:
+    store = ["--tracking-uri", world.tracking_uri]
+    return ["predict", "--model", model, "--classes", classes, "--out", str(out), *store, *map(str, images)]
+
+
+def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run as the console script does; the message of an exit with code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: main(arguments))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "Traceback" not in said
+    return said
+
+
+def test_predict_writes_mask_legend_and_overlay(world: World, picture: Path, tmp_path: Path) -> None:
+    other = tmp_path / "field.jpg"
+    other.write_bytes(picture_bytes(40, 90, "JPEG", seed=1))
+    out = tmp_path / "new" / "out"
+    main([*_predict(world, out, picture, other), "--background"])
+    names = sorted(path.name for path in out.iterdir())
+    assert names == sorted(f"{s}.{k}" for s in ("street", "field") for k in ("mask.png", "legend.json", "overlay.png"))
+
+    expected = Predictor.load(world.model_dir).predict(read_image(picture), ["road", "car"], background=True)
+    with Image.open(out / "street.mask.png") as mask:
+        assert mask.mode == "L"
+        np.testing.assert_array_equal(np.array(mask), expected.mask)
+    legend = json.loads((out / "street.legend.json").read_text())
+    assert (legend["image"], legend["mask"]) == ("street.png", "street.mask.png")
+    assert (legend["height"], legend["width"]) == expected.mask.shape
+    assert [entry["name"] for entry in legend["classes"]] == ["background", "road", "car"]
+    for entry in legend["classes"]:
+        assert entry["pixels"] == (expected.mask == entry["id"]).sum()
+        assert entry["share"] == pytest.approx(entry["pixels"] / expected.mask.size, abs=1e-6)
+        assert re.fullmatch("#[0-9a-f]{6}", entry["colour"])
+    run = {"name": "digseg", "version": 2, "alias": "champion", "run_id": world.run_id, "uri": "models:/digseg/2"}
+    assert legend["model"] == run
+    with Image.open(out / "field.overlay.png") as overlay:
+        assert overlay.width >= 900
+
+
+def test_wrong_queries_are_refused(
+    world: World, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for classes, message in (
+        ("", "no classes given"),
+        (" ", "no classes given"),
+        ("road,,car", "class 2 of 3 is an empty name"),
+        ("road, car, Road", "class names given twice: road"),
+        (", ".join(f"kind {number}" for number in range(9)), "9 classes, but one query of this model holds 8"),
+    ):
+        assert message in _refused(_predict(world, out, picture, classes=classes), capsys)
+    for model, message in (
+        ("models:/digseg@nobody", "has no alias 'nobody'"),
+        ("models:/other@champion", "no registered model 'other'"),
+        ("models:/digseg/99", "has no version 99"),
+        ("somewhere", "no model directory"),
+    ):
+        assert message in _refused(_predict(world, out, picture, model=model), capsys)
+    assert not out.exists()
+
+
+def test_one_unreadable_image_among_good_ones_writes_nothing(
+    world: World, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut, text, out = tmp_path / "cut.png", tmp_path / "text.png", tmp_path / "out"
+    cut.write_bytes(picture_bytes()[:3000])
+    text.write_text("not a picture")
+    twin = tmp_path / "b" / "street.jpg"
+    twin.parent.mkdir()
+    twin.write_bytes(picture_bytes(file_format="JPEG"))
+    for bad, message in (
+        (cut, "cut.png: damaged image"),
+        (text, "text.png: not an image"),
+        (tmp_path / "gone.png", "gone.png: No such file"),
+        (tmp_path, "Is a directory"),
+        (twin, "results would share the name 'street'"),
+    ):
+        assert message in _refused(_predict(world, out, picture, bad), capsys)
+    assert f"--out {text} is a file" in _refused(_predict(world, text, picture), capsys)
+    assert not out.exists()
+
+
+def test_a_failure_on_the_way_leaves_nothing_behind(
+    world: World, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "field.png"
+    other.write_bytes(picture_bytes(seed=1))
+    real, calls = Predictor.predict, []
+
+    def failing(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise DigSegError("the second image cannot be segmented")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(Predictor, "predict", failing)
+    with pytest.raises(DigSegError, match="the second image"):
+        main(_predict(world, tmp_path / "out", picture, other))
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_list_shows_versions_and_aliases(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["models", "list", "--tracking-uri", world.tracking_uri])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "digseg" in line]
+    assert len(lines) == 2
+    assert "champion" in lines[0]
+    assert "challenger" in lines[1]
+
+
+def test_a_store_that_is_not_there_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = f"sqlite:///{tmp_path}/none.db"
+    assert "no MLflow database at" in _refused(["models", "list", "--tracking-uri", missing], capsys)
+
+
+def test_a_wrong_query_is_refused_before_anything_heavy_is_loaded(picture: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom digseg.cli import main\nfrom digseg.errors import DigSegError\n"
+        "try:\n    main(sys.argv[1:])\nexcept DigSegError:\n    pass\n"
+        "print([name for name in ('torch', 'mlflow', 'diffusers') if name in sys.modules])"
+    )
+    arguments = ["predict", "--model", CHAMPION, "--classes", "", "--out", str(tmp_path / "out"), str(picture)]
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_console_script_exits_with_2_and_no_traceback(picture: Path, tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("digseg")
+    arguments = ["predict", "--model", CHAMPION, "--classes", "a, a", "--out", str(tmp_path / "out"), str(picture)]
+    result = subprocess.run([str(script), *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "error: class names given twice: a; name each class once\n"
+    assert result.stdout == ""
