@@ -14,6 +14,8 @@ from digseg.cluster.runtime import ray_session  # sets what Ray reads when it is
 
 # How soon the controller notices a dead worker; Ray's default is 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+# A busy machine or a cold file cache may need more than Ray's 60 s to start all workers.
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
 
 import ray.train
 import ray.train.torch
@@ -21,7 +23,6 @@ import ray.train.torch
 from digseg.config import Config
 from digseg.console import progress, say
 from digseg.errors import DigSegError
-from digseg.registry.tracked_training import train_tracked
 from digseg.training.logging import read_metrics
 from digseg.training.run import RunDirectory, TrainingResult, check_run, finished_result
 from digseg.training.world import World
@@ -43,7 +44,7 @@ def run_training(config: Config) -> TrainingResult:
         say(f"run {config.run.name!r} is finished: all {finished.steps} steps are taken")
         return finished
     if config.cluster.backend == "local":
-        return train_tracked(config, World.from_environment())
+        return _train(config, World.from_environment(), show_progress=True)
     check_run(config, config.cluster.workers)
     with ray_session(config.cluster):
         _fit(config)
@@ -72,7 +73,8 @@ def _torch_trainer(config: Config) -> ray.train.torch.TorchTrainer:
     resources = {"CPU": cluster.cpus_per_worker}
     if on_gpu:
         resources["GPU"] = cluster.gpus_per_worker
-    return ray.train.torch.TorchTrainer(
+    trainer = _OneNodeTrainer if len(ray.nodes()) == 1 else ray.train.torch.TorchTrainer
+    return trainer(
         _train_worker,
         train_loop_config={"config": config.model_dump(mode="json")},
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
@@ -86,6 +88,19 @@ def _torch_trainer(config: Config) -> ray.train.torch.TorchTrainer:
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
+
+
+class _OneNodeTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
+    """Ray Train without the actors that watch for the loss of other machines: they cost seconds of start-up.
+
+    The one that frees a dead controller's placement group asks the dashboard about it each second, and
+    complains aloud each second where there is none; here the group goes with the session.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
@@ -110,10 +125,17 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         device=ray.train.torch.get_device(),
     )
     try:
-        train_tracked(config, world, show_progress=False)
+        _train(config, world, show_progress=False)
     except DigSegError as error:
         _record(failure, error)
         raise
+
+
+def _train(config: Config, world: World, show_progress: bool) -> TrainingResult:
+    # DeepSpeed, diffusers and MLflow take seconds to import, and the driver needs none of them.
+    from digseg.registry.tracked_training import train_tracked
+
+    return train_tracked(config, world, show_progress)
 
 
 def _failure_file(run_directory: Path) -> Path:

@@ -97,12 +97,17 @@ def _initialised(
     # The shared-memory collective is compiled on first use: half a minute, and a compiler is needed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["LOCAL_RANK"] = str(world.local_rank)
+    # DeepSpeed's own calls, which newer PyTorch renames; once per process is still too often.
+    warnings.filterwarnings("ignore", "`torch.distributed.(all_gather|reduce_scatter)", FutureWarning)
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
     optimizer = torch.optim.AdamW(
         trainable, lr=config.training.learning_rate, weight_decay=config.training.weight_decay, fused=True
     )
     try:
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(settings))
+        with warnings.catch_warnings():
+            # It imports PyTorch's compiler, which uses what PyTorch deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(settings))
     except (ValueError, deepspeed.DeepSpeedConfigError) as error:
         if not config.training.deepspeed:
             raise
