@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import pytest
+
+from digseg.console import progress
+
+
+def test_away_from_a_terminal_progress_is_plain_lines_with_rate_and_note(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("reading", 5, "samples", start=2, interval_s=0.0) as bar:
+        bar.note("loss 0.5")
+        for _ in range(3):
+            bar.advance()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("reading: 3/5 samples (")
+    assert lines[0].endswith("left) | loss 0.5")
+    assert lines[-1].startswith("reading: 5/5 samples (")
+    assert "left" not in lines[-1]
+
+
+def test_a_failure_does_not_claim_to_be_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError), progress("reading", 5):
+        raise RuntimeError
+    assert capsys.readouterr().out == ""
