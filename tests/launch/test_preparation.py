@@ -27,5 +27,5 @@ def test_a_damaged_manifest_is_not_taken_for_missing(tmp_path: Path) -> None:
     write_squares(tmp_path / "shards", "train", 4)
     manifest = tmp_path / "shards" / "squares" / "train" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"samples": 4', '"samples": 5'))
-    with pytest.raises(DigSegError, match="manifest.json"):
+    with pytest.raises(DigSegError, match=r"manifest\.json"):
         present_manifests(small_config(tmp_path))
