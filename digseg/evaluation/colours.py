@@ -31,23 +31,16 @@ _KNOWN: dict[str, Colour] = {
     "sky": (134, 199, 238),
     "road": (128, 64, 128),
     "sidewalk": (240, 98, 220),
-    "pavement": (240, 98, 220),
     "building": (199, 150, 106),
     "wall": (102, 102, 156),
     "fence": (222, 184, 178),
     "pole": (253, 224, 136),
-    "column pole": (253, 224, 136),
     "traffic light": (250, 160, 20),
     "traffic sign": (232, 226, 20),
-    "sign symbol": (232, 226, 20),
-    "sign": (232, 226, 20),
     "vegetation": (49, 140, 60),
-    "tree": (49, 140, 60),
     "terrain": (168, 226, 130),
     "person": (224, 30, 62),
-    "pedestrian": (224, 30, 62),
     "rider": (255, 128, 102),
-    "bicyclist": (255, 128, 102),
     "car": (32, 86, 224),
     "truck": (20, 32, 120),
     "bus": (0, 158, 150),
@@ -60,8 +53,31 @@ _KNOWN: dict[str, Colour] = {
     "weed": (232, 74, 60),
     "nucleus": (250, 192, 60),
     "lesion": (236, 94, 100),
-    "skin lesion": (236, 94, 100),
     "cell membrane": (82, 200, 220),
+    "cell interior": (32, 58, 104),
+}
+
+# Other wordings take the colour of the class they mean.
+_SYNONYMS: dict[str, str] = {
+    "street": "road",
+    "walkway": "sidewalk",
+    "pavement": "sidewalk",
+    "house": "building",
+    "column pole": "pole",
+    "sign": "traffic sign",
+    "sign symbol": "traffic sign",
+    "tree": "vegetation",
+    "trees": "vegetation",
+    "shrubs": "vegetation",
+    "clouds": "sky",
+    "pedestrian": "person",
+    "bicyclist": "rider",
+    "automobile": "car",
+    "vehicle": "car",
+    "agriculture": "agricultural",
+    "cell nucleus": "nucleus",
+    "nuclei": "nucleus",
+    "skin lesion": "lesion",
 }
 
 
@@ -71,7 +87,7 @@ def class_colours(vocabulary: Sequence[str]) -> list[Colour]:
     A name keeps its own colour (a fixed one for common classes, one chosen by the hash of the name for the
     rest) unless another class of the same vocabulary already has one that looks like it.
     """
-    colours = _assigned(tuple(sorted(set(vocabulary), key=lambda name: (_key(name) not in _KNOWN, name))))
+    colours = _assigned(tuple(sorted(set(vocabulary), key=_precedence)))
     return [colours[name] for name in vocabulary]
 
 
@@ -113,7 +129,16 @@ def _assigned(names: tuple[str, ...]) -> dict[str, Colour]:
     return taken
 
 
+def _precedence(name: str) -> tuple[bool, bool, str]:
+    """Known classes come before their other wordings, those before names that have no colour of their own."""
+    return _plain(name) not in _KNOWN, _key(name) not in _KNOWN, name
+
+
 def _key(name: str) -> str:
+    return _SYNONYMS.get(_plain(name), _plain(name))
+
+
+def _plain(name: str) -> str:
     return " ".join(name.lower().replace("_", " ").split())
 
 

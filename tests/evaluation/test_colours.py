@@ -64,3 +64,10 @@ def test_a_painted_mask_has_class_colours_and_hatched_ignored_pixels() -> None:
     assert (painted[:, 10:20] == road).all()
     ignored = {tuple(colour) for colour in painted[:, 20:].reshape(-1, 3).tolist()}
     assert ignored == set(IGNORE_COLOURS)
+
+
+def test_another_wording_of_a_class_has_its_colour_but_never_beside_it() -> None:
+    assert class_colours(["automobile"]) == class_colours(["car"])
+    car, automobile = class_colours(["car", "automobile"])
+    assert [car] == class_colours(["car"])
+    assert colour_distance(car, automobile) > 20
