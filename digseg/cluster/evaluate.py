@@ -141,7 +141,10 @@ def _count(chunk: _Chunk) -> list[NDArray[np.int64]]:
     predictor = _predictor(chunk.model, "cuda" if chunk.on_gpu and torch.cuda.is_available() else "cpu")
     corpus = ShardedCorpus(chunk.root, chunk.corpus, chunk.split)
     samples = range(chunk.start, min(chunk.start + _CHUNK, len(corpus)))
-    return [matrix.counts for matrix in count_samples(predictor.for_corpus(corpus.manifest.corpus), corpus, samples, chunk.wordings)]
+    return [
+        matrix.counts
+        for matrix in count_samples(predictor.for_corpus(corpus.manifest.corpus), corpus, samples, chunk.wordings)
+    ]
 
 
 @lru_cache(maxsize=1)
