@@ -94,8 +94,9 @@ class Engine:
 def _initialised(
     module: nn.Module, trainable: list[nn.Parameter], settings: Mapping[str, Any], config: Config, world: World
 ) -> Any:
-    # The shared-memory collective is compiled on first use: half a minute, and a compiler is needed.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The shared-memory collective is compiled on first use: half a minute, and a compiler is needed. The table
+    # is set rather than changed: DeepSpeed fills it by running the compiler, which complains on stderr.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     os.environ["LOCAL_RANK"] = str(world.local_rank)
     # DeepSpeed's own calls, which newer PyTorch renames; once per process is still too often.
     warnings.filterwarnings("ignore", "`torch.distributed.(all_gather|reduce_scatter)", FutureWarning)
@@ -111,7 +112,7 @@ def _initialised(
     except (ValueError, deepspeed.DeepSpeedConfigError) as error:
         if not config.training.deepspeed:
             raise
-        raise DigSegError(f"training.deepspeed: refused by DeepSpeed: {error}") from error
+        raise DigSegError(f"training.deepspeed: refused by DeepSpeed: {' '.join(str(error).split())}") from error
     return engine
 
 

@@ -1,0 +1,291 @@
+"""Runs of the real trainer on a tiny model: resume, faults, results. One process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_world import small_config, write_squares
+
+from digseg.config import Config
+from digseg.errors import DigSegError
+from digseg.model.export import load_model
+from digseg.training.engine import Engine
+from digseg.training.logging import read_metrics
+from digseg.training.run import check_run, finished_result
+from digseg.training.trainer import Trainer
+from digseg.training.world import World
+
+STEPS = 9
+_TIMES = ("images_per_second", "step_time_s", "data_wait_share")
+
+
+class Recorder:
+    """A run logger that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str]) -> None:
+        self.calls.append(("start", config["run"]["name"], dict(dataset_digests)))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.calls.append(("metrics", step, dict(values)))
+
+    def finish(self, status: str) -> None:
+        self.calls.append(("finish", status))
+
+
+class Killed(BaseException):
+    """Stands for the loss of the process."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, and the run ``whole`` which nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_squares(folder / "shards", "train", 10)
+    Trainer(_config(folder, "whole"), World()).train()
+    return folder
+
+
+def test_result_tells_of_the_whole_run(folder: Path) -> None:
+    result = finished_result(_config(folder, "whole"))
+    curve = _curve(folder, "whole")
+    assert result is not None
+    assert (result.steps, result.world_size, result.zero_stage) == (STEPS, 1, 1)
+    assert [line["step"] for line in curve] == [1, 4, 8, 9]
+    assert (result.first_loss, result.last_loss) == (curve[0]["loss"], curve[-1]["loss"])
+    assert result.last_loss < result.first_loss
+    assert result.images_per_second > 0
+    assert Path(result.checkpoint_dir).name == "step-00000009"
+
+
+def test_logged_loss_is_the_weighted_sum_of_its_parts_and_rates_are_there(folder: Path) -> None:
+    objective = _config(folder, "whole").objective
+    for line in read_metrics(folder / "runs/whole/metrics.jsonl"):
+        parts = (
+            objective.class_score * line["class_score"]
+            + objective.feedback * line["feedback"]
+            + objective.reconstruction * line["reconstruction"]
+        )
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+        assert line["images_per_second"] == pytest.approx(8 / line["step_time_s"], rel=1e-6)
+        assert 0 < line["data_wait_share"] < 1
+        assert line["gradient_norm"] > 0
+        assert line["learning_rate"] > 0
+
+
+def test_exported_model_has_the_averaged_weights_of_the_last_checkpoint(folder: Path) -> None:
+    result = finished_result(_config(folder, "whole"))
+    assert result is not None
+    saved = torch.load(Path(result.checkpoint_dir) / "rank-00000.pt", weights_only=True)["weights"]
+    assert saved["updates"] == STEPS
+    exported = load_file(Path(result.model_dir) / "unet/diffusion_pytorch_model.safetensors")
+    for name, weight in exported.items():
+        average = saved["shares"][f"segmenter.unet.{name}"]["values"]
+        assert torch.equal(weight, average.view(weight.shape))
+    card = load_model(Path(result.model_dir)).card
+    assert card.metadata["step"] == STEPS
+    assert card.metadata["averaged_weights"] is True
+    assert list(card.metadata["datasets"]) == ["squares/train"]
+
+
+def test_same_configuration_gives_the_same_losses_bit_for_bit(folder: Path) -> None:
+    Trainer(_config(folder, "again"), World()).train()
+    assert _curve(folder, "again") == _curve(folder, "whole")
+
+
+@pytest.mark.parametrize("killed_after", [3, 5, 6])
+def test_interrupted_run_ends_as_the_undisturbed_one_bit_for_bit(folder: Path, killed_after: int) -> None:
+    name = f"killed{killed_after}"
+    config = _config(folder, name)
+    _train_until_killed(config, killed_after)
+    result = Trainer(config, World()).train()
+    assert _curve(folder, name) == _curve(folder, "whole")
+    whole = finished_result(_config(folder, "whole"))
+    assert whole is not None
+    for file in ("unet/diffusion_pytorch_model.safetensors", "pathway/model.safetensors"):
+        assert (Path(result.model_dir) / file).read_bytes() == (Path(whole.model_dir) / file).read_bytes()
+
+
+def test_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(folder, "damaged")
+    _train_until_killed(config, 7)
+    victim = folder / "runs/damaged/checkpoints/step-00000006/rank-00000.pt"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    Trainer(config, World()).train()
+    said = capsys.readouterr().out
+    assert "checkpoint step-00000006 is damaged and put aside: rank-00000.pt has" in said
+    assert "goes on after step 3" in said
+    assert _curve(folder, "damaged") == _curve(folder, "whole")
+
+
+def test_finished_run_says_so_and_trains_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder()
+    result = Trainer(_config(folder, "whole"), World(), recorder).train()
+    assert result == finished_result(_config(folder, "whole"))
+    assert "all 9 steps are taken" in capsys.readouterr().out
+    assert recorder.calls == []
+
+
+def test_finished_run_goes_on_when_more_steps_are_asked_for(folder: Path) -> None:
+    shutil.copytree(folder / "runs/whole", folder / "runs/longer")
+    result = Trainer(_config(folder, "longer", steps=11), World()).train()
+    assert result.steps == 11
+    assert [line["step"] for line in _curve(folder, "longer")] == [1, 4, 8, 9, 11]
+
+
+def test_logger_is_started_fed_and_finished(folder: Path) -> None:
+    recorder = Recorder()
+    Trainer(_config(folder, "recorded", steps=4), World(), recorder).train()
+    kinds = [call[0] for call in recorder.calls]
+    assert kinds == ["start", "metrics", "metrics", "finish"]
+    assert recorder.calls[0][1] == "recorded"
+    assert recorder.calls[-1] == ("finish", "finished")
+    logged = [(call[1], call[2]) for call in recorder.calls if call[0] == "metrics"]
+    lines = read_metrics(folder / "runs/recorded/metrics.jsonl")
+    assert logged == [(line.pop("step"), line) for line in lines]
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_tells_the_logger(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    forward_backward = Engine.forward_backward
+
+    def spoiled(engine: Engine, batch: Any) -> dict[str, torch.Tensor]:
+        return {name: loss * float("nan") for name, loss in forward_backward(engine, batch).items()}
+
+    monkeypatch.setattr(Engine, "forward_backward", spoiled)
+    with pytest.raises(DigSegError, match=r"the loss is nan at step 1: lower training\.learning_rate"):
+        Trainer(_config(folder, "spoiled"), World(), recorder).train()
+    assert recorder.calls[-1] == ("finish", "failed")
+
+
+def test_losses_are_read_only_when_they_are_logged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(_config(folder, "async", steps=4, checkpoint_every=4), World())
+    forward_backward = Engine.forward_backward
+    reads: list[int] = []
+
+    class Counted(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__):
+                reads.append(1)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    def counted(engine: Engine, batch: Any) -> dict[str, torch.Tensor]:
+        return {name: loss.as_subclass(Counted) for name, loss in forward_backward(engine, batch).items()}
+
+    monkeypatch.setattr(Engine, "forward_backward", counted)
+    trainer.train()
+    # One read each at steps 1 and 4, of all losses together.
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("model", {"pathway": {"dim": 8, "head_dim": 5}}, r"model\.pathway\.dim was 16 and is 8"),
+        ("run", {"seed": 1}, r"run\.seed was 0 and is 1"),
+        ("training", {"global_batch_size": 4}, r"training\.global_batch_size was 8 and is 4"),
+        ("data", {"crop_size": 16}, r"data\.crop_size was 32 and is 16"),
+    ],
+)
+def test_run_cannot_be_continued_as_another_run(
+    folder: Path, section: str, change: dict[str, Any], message: str
+) -> None:
+    values = _config(folder, "whole").model_dump(mode="json")
+    values[section] |= change
+    with pytest.raises(DigSegError, match=message + r".*Choose another run\.name"):
+        finished_result(Config.model_validate(values))
+
+
+def test_settings_that_do_not_change_the_run_may_change(folder: Path) -> None:
+    values = _config(folder, "whole").model_dump(mode="json")
+    values["data"] |= {"workers": 2, "prefetch": 7}
+    values["training"] |= {"checkpoint_every": 2, "log_every": 3, "threads": None}
+    assert finished_result(Config.model_validate(values)) is not None
+
+
+def test_checkpoint_of_another_layout_is_refused_with_the_way_on(folder: Path) -> None:
+    for config, world_size in ((_config(folder, "whole", zero_stage=2), 1), (_config(folder, "whole"), 2)):
+        with pytest.raises(
+            DigSegError, match=r"by 1 processes with ZeRO stage 1.*cluster\.workers=1 training\.zero_stage=1"
+        ):
+            check_run(config, world_size)
+    with pytest.raises(DigSegError, match="by 1 processes with ZeRO stage 1"):
+        Trainer(_config(folder, "whole", steps=20, zero_stage=2), World()).train()
+
+
+def test_missing_shards_are_found_before_anything_is_started(folder: Path) -> None:
+    values = _config(folder, "nowhere").model_dump(mode="json")
+    values["data"]["root"] = str(folder / "nowhere")
+    with pytest.raises(DigSegError, match="nowhere"):
+        check_run(Config.model_validate(values), 1)
+
+
+def test_shards_that_changed_stop_a_run_that_is_to_go_on(folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, "moved")
+    _train_until_killed(config, 4)
+    write_squares(tmp_path / "shards", "train", 10, seed=7)
+    values = config.model_dump(mode="json")
+    values["data"]["root"] = str(tmp_path / "shards")
+    with pytest.raises(DigSegError, match=r"the shards of squares/train .* changed"):
+        Trainer(Config.model_validate(values), World()).train()
+
+
+def test_run_without_averaging_exports_its_weights(folder: Path) -> None:
+    result = Trainer(_config(folder, "plain", steps=2, ema={"enabled": False}), World()).train()
+    state = torch.load(Path(result.checkpoint_dir) / "deepspeed/mp_rank_00_model_states.pt", weights_only=False)
+    exported = load_file(Path(result.model_dir) / "unet/diffusion_pytorch_model.safetensors")
+    for name, weight in exported.items():
+        assert torch.equal(weight, state["module"][f"segmenter.unet.{name}"])
+
+
+def _config(folder: Path, name: str, **training: Any) -> Config:
+    return small_config(
+        folder,
+        run={"name": name},
+        cluster={"backend": "local"},
+        training={
+            "steps": STEPS,
+            "warmup_steps": 3,
+            "checkpoint_every": 3,
+            "keep_checkpoints": 5,
+            "log_every": 4,
+            "threads": 1,
+            "precision": "fp32",
+            "micro_batch_size": 4,
+            **training,
+        },
+    )
+
+
+def _train_until_killed(config: Config, step: int) -> None:
+    """Train, and lose the process when ``step`` steps were taken."""
+    trainer = Trainer(config, World())
+    train_step = trainer.train_step
+
+    def step_or_die(batch: Any, number: int) -> dict[str, torch.Tensor]:
+        if number == step:
+            raise Killed
+        return train_step(batch, number)
+
+    trainer.train_step = step_or_die  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        trainer.train()
+
+
+def _curve(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The loss curve without what depends on the clock."""
+    lines = read_metrics(folder / "runs" / name / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in _TIMES} for line in lines]
