@@ -75,8 +75,7 @@ def _start(cluster: ClusterConfig | None) -> None:
         address="local",
         # More workers than cores is slow but runs; with fewer CPUs than workers Ray would wait for ever.
         num_cpus=max(cores, wanted),
-        # Ray Train asks the state API, which the dashboard serves, whether its controller is still alive.
-        include_dashboard=True,
+        include_dashboard=False,
         # The only warning of a sound start is that a token was made, which needs nothing of the user.
         logging_level=logging.ERROR,
     )

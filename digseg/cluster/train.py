@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -128,6 +129,8 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         _train(config, world, show_progress=False)
     except DigSegError as error:
         _record(failure, error)
+        # The driver shows the error; Ray would also show its traceback.
+        logging.getLogger("ray.train.v2._internal.util").setLevel(logging.CRITICAL)
         raise
 
 

@@ -1,0 +1,166 @@
+"""Training under Ray: the loss of a worker, errors of the user in a worker, and a submitted job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow.tracking import MlflowClient
+from ray_head import start_head
+from small_world import small_config, write_squares
+
+from digseg.cluster.runtime import ray_session
+from digseg.cluster.train import run_training
+from digseg.config import ClusterConfig, Config
+from digseg.errors import DigSegError
+from digseg.registry.tracking import MlflowRun
+from digseg.training.checkpoint import published_steps
+from digseg.training.logging import read_metrics
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    # Ray about its own settings when the trainer is made, MLflow's store about SQLAlchemy's.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+STEPS = 60
+_TIMES = ("images_per_second", "step_time_s", "data_wait_share")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_squares(folder / "shards", "train", 10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_running() -> Iterator[None]:
+    with ray_session(ClusterConfig(workers=2)):
+        yield
+
+
+def test_run_that_loses_a_worker_ends_as_the_undisturbed_one(ray_running: None, folder: Path) -> None:
+    undisturbed = run_training(_config(folder, "undisturbed"))
+    config = _config(folder, "disturbed")
+    killer = _Killer(folder / "runs/disturbed/checkpoints")
+    killer.start()
+    disturbed = run_training(config)
+    killer.join()
+    assert killer.steps_at_death is not None
+    assert killer.steps_at_death[-1] < STEPS
+    assert undisturbed.steps == disturbed.steps == STEPS
+    assert undisturbed.world_size == disturbed.world_size == 2
+    curve = _curve(folder, "disturbed")
+    assert [line["step"] for line in curve] == [1, *range(7, STEPS, 7), STEPS]
+    assert curve == _curve(folder, "undisturbed")
+    assert disturbed.last_loss < disturbed.first_loss
+    # One MLflow run, with each figure once.
+    run = MlflowRun(config)
+    client = MlflowClient(run.tracking_uri)
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    logged = [metric.step for metric in client.get_metric_history(run.run_id, "loss")]
+    assert logged == [line["step"] for line in curve]
+
+
+def test_users_mistake_found_in_a_worker_is_raised_here_and_not_tried_again(
+    ray_running: None, folder: Path, tmp_path: Path
+) -> None:
+    manifest = write_squares(tmp_path / "shards", "train", 10)
+    for shard in manifest.shards:
+        path = tmp_path / "shards/squares/train" / shard.name
+        path.write_bytes(bytes(path.stat().st_size))
+    config = _config(tmp_path, "unreadable")
+    with pytest.raises(DigSegError, match="cannot be read"):
+        run_training(config)
+    assert not (tmp_path / "runs/unreadable/checkpoints").exists()
+
+
+def test_users_mistake_found_before_is_raised_before_workers_start(folder: Path) -> None:
+    values = _config(folder, "undecided").model_dump(mode="json")
+    values["training"]["deepspeed"] = {"train_batch_size": 4}
+    with pytest.raises(DigSegError, match=r"training\.deepspeed\.train_batch_size: derived by DigSeg"):
+        run_training(Config.model_validate(values))
+
+
+def test_submitted_job_trains_the_demo_and_is_found_in_mlflow(tmp_path: Path, repository: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DIGSEG_"))}
+    overrides = [
+        "run.name=submitted",
+        "training.steps=20",
+        f"run.storage={tmp_path}/runs",
+        f"data.root={tmp_path}/shards",
+        f"prepare.root={tmp_path}/corpora",
+        "prepare.sample_corpora.images_per_domain=10",
+        "prepare.sample_corpora.size=64",
+        "data.crop_size=64",
+        "data.short_side=64",
+        "model.unet.block_out_channels=[16,16,32]",
+    ]
+    with start_head(tmp_path, kept, num_cpus=2) as head:
+        submitted = subprocess.run(
+            [
+                str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head.dashboard,
+                "--working-dir", ".", "--", "python", "launch/train.py", "--config", "configs/demo.yaml", *overrides,
+            ],
+            cwd=repository, env={**kept, **head.environment}, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
+    assert "succeeded" in submitted.stdout
+    (run,) = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").search_runs(["1"])
+    assert (run.info.run_name, run.info.status) == ("submitted", "FINISHED")
+    assert run.data.params["training.steps"] == "20"
+    assert run.info.run_id in submitted.stdout
+
+
+class _Killer(threading.Thread):
+    """Kills one training worker as soon as the first checkpoint is there."""
+
+    def __init__(self, checkpoints: Path) -> None:
+        super().__init__(daemon=True)
+        self._checkpoints = checkpoints
+        self.steps_at_death: list[int] | None = None
+
+    def run(self) -> None:
+        while not published_steps(self._checkpoints):
+            time.sleep(0.01)
+        workers = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if "RayTrainWorker" in " ".join(process.cmdline())
+        ]
+        os.kill(max(workers, key=lambda process: process.pid).pid, signal.SIGKILL)
+        self.steps_at_death = published_steps(self._checkpoints)
+
+
+def _config(folder: Path, name: str, **training: Any) -> Config:
+    return small_config(
+        folder,
+        run={"name": name},
+        cluster={"workers": 2},
+        training={
+            "steps": STEPS,
+            "warmup_steps": 3,
+            "checkpoint_every": 10,
+            "log_every": 7,
+            "threads": 1,
+            "precision": "fp32",
+            **training,
+        },
+    )
+
+
+def _curve(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The loss curve without what depends on the clock."""
+    lines = read_metrics(folder / "runs" / name / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in _TIMES} for line in lines]
