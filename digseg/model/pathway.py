@@ -35,7 +35,11 @@ class QueryEncoder(nn.Module):
         self.norm = nn.LayerNorm(token_dim)
 
     def forward(self, text: Tensor, mask: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
-        """``text [B, K, D]``, ``mask [B, K]`` (True = a class), ``colours [B, K, 3]`` -> tokens, queries ``[B, K, T]``."""
+        """Tokens and queries, each ``[B, K, T]``.
+
+        Args:
+            text: ``[B, K, D]``; ``mask``: bool ``[B, K]``, True = a class; ``colours``: ``[B, K, 3]``.
+        """
         tokens = self.name(text) + self.colour(colours)
         queries = self.project(text)
         for layer in self.layers:
