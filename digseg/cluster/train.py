@@ -17,6 +17,8 @@ from digseg.cluster.runtime import ray_session  # sets what Ray reads when it is
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 # A busy machine or a cold file cache may need more than Ray's 60 s to start all workers.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+# It would print what a worker prints a second time.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 import ray.train
 import ray.train.torch
@@ -172,9 +174,18 @@ def _followed(config: Config) -> Iterator[None]:
 
 def _follow(config: Config, stop: threading.Event) -> None:
     path = RunDirectory(config).metrics
-    seen = _last_logged(path)[0]
-    with progress("training", config.training.steps, "steps", seen) as bar:
-        ended = False
+    say(f"training: starting {config.cluster.workers} workers")
+    before = step = _last_logged(path)[0]
+    # The bar appears with the first figures, so that its rate is not that of the start.
+    while step <= before:
+        if stop.wait(_FOLLOW_INTERVAL_S):
+            return
+        # A run that goes on from its checkpoint cuts its curve there.
+        before = min(before, step)
+        step, note = _last_logged(path)
+    with progress("training", config.training.steps, "steps", step) as bar:
+        bar.note(note)
+        seen, ended = step, False
         while not ended:
             ended = stop.wait(_FOLLOW_INTERVAL_S)
             step, note = _last_logged(path)
