@@ -24,11 +24,13 @@ def palette(num_colours: int = MAX_COLOURS) -> Tensor:
     """
     if not 2 <= num_colours <= MAX_COLOURS:
         raise ValueError(f"num_colours must be between 2 and {MAX_COLOURS}, got {num_colours}")
-    axis = torch.linspace(-1.0, 1.0, _LEVELS)
-    candidates = torch.cartesian_prod(axis, axis, axis)
-    chosen = [0]
-    distance = (candidates - candidates[0]).square().sum(1)
-    while len(chosen) < num_colours:
-        chosen.append(int(distance.argmax()))
-        distance = torch.minimum(distance, (candidates - candidates[chosen[-1]]).square().sum(1))
-    return candidates[chosen].clone()
+    # The result is cached: made during inference, it could not be used in training afterwards.
+    with torch.inference_mode(False):
+        axis = torch.linspace(-1.0, 1.0, _LEVELS)
+        candidates = torch.cartesian_prod(axis, axis, axis)
+        chosen = [0]
+        distance = (candidates - candidates[0]).square().sum(1)
+        while len(chosen) < num_colours:
+            chosen.append(int(distance.argmax()))
+            distance = torch.minimum(distance, (candidates - candidates[chosen[-1]]).square().sum(1))
+        return candidates[chosen].clone()

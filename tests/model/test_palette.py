@@ -29,3 +29,12 @@ def test_sizes_outside_the_palette_are_refused() -> None:
     for count in (1, MAX_COLOURS + 1):
         with pytest.raises(ValueError, match="between 2 and 64"):
             palette(count)
+
+
+def test_a_palette_first_asked_for_during_inference_serves_training() -> None:
+    palette.cache_clear()
+    with torch.inference_mode():
+        palette(5)
+    weight = torch.ones(3, requires_grad=True)
+    (palette(5) * weight).sum().backward()
+    assert weight.grad is not None
