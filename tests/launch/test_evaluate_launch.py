@@ -83,6 +83,7 @@ def test_the_command_writes_logs_and_moves_the_alias(
     assert metrics["eval.squares.miou"] == result["corpora"]["squares"]["miou"]
     assert "eval.squares.synonym.square.box" in metrics
     assert int(client.get_model_version_by_alias("digseg", "evaluated").version) == 1
+    client.delete_registered_model_alias("digseg", "evaluated")  # other tests share this registry
     assert float(client.get_model_version("digseg", "1").tags["mean_iou"]) == pytest.approx(
         result["mean_iou"], abs=1e-4
     )
