@@ -27,4 +27,4 @@ def real_corpora() -> Path:
     path = Path(os.environ.get("DIGSEG_REAL_CORPORA", REPOSITORY.parent / "shared" / "data"))
     if not path.is_dir():
         pytest.skip(f"no real corpora at {path} (set DIGSEG_REAL_CORPORA to a folder that holds them)")
-    return path
+    return path.resolve()
