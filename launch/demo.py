@@ -17,7 +17,6 @@ from typing import Any
 
 from digseg.cluster.evaluate import evaluate_model
 from digseg.cluster.runtime import ray_session
-from digseg.cluster.train import run_training
 from digseg.config import Config, CorpusSplit, base_directory, load_config
 from digseg.console import say
 from digseg.data.corpus import ShardedCorpus
@@ -31,6 +30,7 @@ from digseg.registry.tracking import MlflowRun, log_evaluation
 from digseg.training.run import TrainingResult, finished_result
 from launch.evaluate import print_report
 from launch.preparation import ensure_shards, present_manifests
+from launch.train import run_backend
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CHALLENGER, CHAMPION = "challenger", "champion"
@@ -63,7 +63,7 @@ def run_demo(config: Config, out: Path) -> dict[str, Any]:
         seconds |= ensure_shards(config)
         already_trained = finished_result(config) is not None
         with _timed(seconds, "training"):
-            result = run_training(config)
+            result = run_backend(config)
         run = MlflowRun(config)
         with _timed(seconds, "registration"):
             model = _registered(config, result, run, anew=not already_trained)

@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Started as a file, Python looks for modules beside it; the project is the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from digseg.config import Config, load_config
 from digseg.console import say
 from digseg.errors import run_main
+
+if TYPE_CHECKING:
+    from digseg.training.run import TrainingResult
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,16 +43,7 @@ def train(config: Config) -> None:
     from launch.preparation import ensure_shards
 
     ensure_shards(config)
-    if config.cluster.backend == "local":
-        from digseg.registry.tracked_training import train_tracked
-        from digseg.training.world import World
-
-        result = train_tracked(config, World.from_environment())
-    else:
-        from digseg.cluster.train import run_training
-
-        result = run_training(config)
-
+    result = run_backend(config)
     say(f"run directory:  {RunDirectory(config).path}")
     if config.tracking.enabled:
         from digseg.registry.tracking import MlflowRun
@@ -58,6 +53,18 @@ def train(config: Config) -> None:
     say(f"model:          {result.model_dir}")
     say(f"loss:           {result.first_loss:.4f} at step 1, {result.last_loss:.4f} at step {result.steps}")
     say(f"throughput:     {result.images_per_second:.1f} images/s, {result.world_size} workers")
+
+
+def run_backend(config: Config) -> TrainingResult:
+    """Train as ``cluster.backend`` says: with Ray workers, or in this process without importing Ray."""
+    if config.cluster.backend == "local":
+        from digseg.registry.tracked_training import train_tracked
+        from digseg.training.world import World
+
+        return train_tracked(config, World.from_environment())
+    from digseg.cluster.train import run_training
+
+    return run_training(config)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ _FOLLOW_INTERVAL_S = 0.5
 
 
 def run_training(config: Config) -> TrainingResult:
-    """Train with ``cluster.workers`` Ray workers; with backend ``local`` in this process.
+    """Train with ``cluster.workers`` Ray workers.
 
     A run that was interrupted goes on from its last checkpoint. When a worker or its node is lost, Ray
     starts all workers anew, up to ``cluster.max_failures`` times, and they do the same.
@@ -46,8 +46,6 @@ def run_training(config: Config) -> TrainingResult:
     if finished is not None:
         say(f"run {config.run.name!r} is finished: all {finished.steps} steps are taken")
         return finished
-    if config.cluster.backend == "local":
-        return _train(config, World.from_environment(), show_progress=True)
     check_run(config, config.cluster.workers)
     with ray_session(config.cluster):
         _fit(config)
@@ -128,19 +126,15 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         device=ray.train.torch.get_device(),
     )
     try:
-        _train(config, world, show_progress=False)
+        # DeepSpeed, diffusers and MLflow take seconds to import, and the driver needs none of them.
+        from digseg.registry.tracked_training import train_tracked
+
+        train_tracked(config, world, show_progress=False)
     except DigSegError as error:
         _record(failure, error)
         # The driver shows the error; Ray would also show its traceback.
         logging.getLogger("ray.train.v2._internal.util").setLevel(logging.CRITICAL)
         raise
-
-
-def _train(config: Config, world: World, show_progress: bool) -> TrainingResult:
-    # DeepSpeed, diffusers and MLflow take seconds to import, and the driver needs none of them.
-    from digseg.registry.tracked_training import train_tracked
-
-    return train_tracked(config, world, show_progress)
 
 
 def _failure_file(run_directory: Path) -> Path:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -24,7 +22,7 @@ from digseg.data.format import list_manifests
 from digseg.errors import DigSegError
 from digseg.model.export import read_card
 from digseg.registry import lineage
-from digseg.registry.models import ARTIFACT, ModelRef, evaluation_tags, set_alias
+from digseg.registry.models import ARTIFACT, ModelRef, set_alias
 from digseg.registry.store import connect, first_line, fluent, tracking_uri
 from digseg.registry.tracking import experiment_id
 
@@ -49,7 +47,6 @@ _REQUIREMENTS = (
 def register_model(
     model_dir: Path,
     config: Config,
-    evaluation: Mapping[str, Any] | None = None,
     run_id: str | None = None,
     *,
     checkpoint_dir: Path | None = None,
@@ -58,7 +55,6 @@ def register_model(
     """Register an exported model directory as a new version of `tracking.registered_model`.
 
     Args:
-        evaluation: the result of `digseg.cluster.evaluate.evaluate_model`; its figures become tags.
         run_id: the MLflow run that trained the model.
         checkpoint_dir: the checkpoint it was exported from; the digest of its manifest becomes a tag.
         alias: name of an alias that is moved to the new version.
@@ -70,7 +66,7 @@ def register_model(
     uri = tracking_uri(config)
     client = connect(uri, create=True)
     experiment = experiment_id(client, uri, config.tracking.experiment)
-    facts = _lineage(model_dir, config, evaluation, run_id, checkpoint_dir)
+    facts = _lineage(model_dir, config, run_id, checkpoint_dir)
     try:
         # The run that trained the model goes on for the registration; a model without one gets a run of its own.
         run = {"run_id": run_id} if run_id else {"experiment_id": experiment, "run_name": config.run.name}
@@ -138,7 +134,6 @@ def _example(names: tuple[str, ...]) -> pd.DataFrame:
 def _lineage(
     model_dir: Path,
     config: Config,
-    evaluation: Mapping[str, Any] | None,
     run_id: str | None,
     checkpoint_dir: Path | None,
 ) -> dict[str, str]:
@@ -159,6 +154,4 @@ def _lineage(
     for manifest in list_manifests(config.data.root):
         if (manifest.corpus, manifest.split) in trained_on:
             tags[f"dataset.{manifest.corpus}/{manifest.split}"] = manifest.digest
-    if evaluation is not None:
-        tags |= evaluation_tags(evaluation)
     return tags
