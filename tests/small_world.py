@@ -71,7 +71,12 @@ def small_config(folder: Path, **sections: dict[str, Any]) -> Config:
             "queries": {"max_classes": 8, "palette_size": 8},
         },
         "model": {
-            "unet": {"block_out_channels": [16, 32], "attention": [False, True], "cross_attention_dim": 32},
+            "unet": {
+                "block_out_channels": [16, 32],
+                "attention": [False, True],
+                "cross_attention_dim": 32,
+                "norm_num_groups": 16,
+            },
             "pathway": {"dim": 16, "head_dim": 5},
         },
         "training": {"steps": 2},

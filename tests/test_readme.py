@@ -26,7 +26,8 @@ SMALL = " ".join(
         "data.crop_size=64",
         "data.short_side=64",
         "evaluation.pictures_per_corpus=1",
-        "model.unet.block_out_channels=[16,16,32]",
+        "model.unet.block_out_channels=[16,16,16,32]",
+        "model.unet.norm_num_groups=16",
         "run.storage=outputs/runs",
     ]
 )

@@ -191,12 +191,12 @@ class TextConfig(Section):
 class UNetConfig(Section):
     """diffusers UNet2DConditionModel; one entry of ``block_out_channels`` and ``attention`` per level."""
 
-    block_out_channels: Annotated[list[Positive], Field(min_length=2)] = [64, 96, 128]
-    attention: list[bool] = [False, False, True]
+    block_out_channels: Annotated[list[Positive], Field(min_length=2)] = [32, 64, 96, 128]
+    attention: list[bool] = [False, False, False, True]
     layers_per_block: Positive = 1
     cross_attention_dim: Positive = 128
     num_heads: Positive = 4
-    norm_num_groups: Positive = 16
+    norm_num_groups: Positive = 32
     attention_kernel: Literal["auto", "xformers", "sdpa", "math"] = "auto"
 
     @model_validator(mode="after")
@@ -265,6 +265,7 @@ class TrainingConfig(Section):
     micro_batch_size: Positive | None = None  # per process; None: global_batch_size / world size
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     warmup_steps: NonNegative = 40
     final_learning_rate_ratio: Unit = 0.01
     gradient_clipping: Annotated[float, Field(gt=0)] = 1.0

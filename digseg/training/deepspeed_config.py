@@ -16,7 +16,7 @@ _DERIVED = {
     "gradient_accumulation_steps": "training.micro_batch_size",
     "gradient_clipping": "training.gradient_clipping",
     "zero_optimization.stage": "training.zero_stage",
-    "optimizer": "training.learning_rate and training.weight_decay",
+    "optimizer": "training.learning_rate, training.adam_betas and training.weight_decay",
     "scheduler": "training.warmup_steps and training.final_learning_rate_ratio",
     "fp16": "training.precision",
     "bf16": "training.precision",

@@ -102,7 +102,11 @@ def _initialised(
     warnings.filterwarnings("ignore", "`torch.distributed.(all_gather|reduce_scatter)", FutureWarning)
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
     optimizer = torch.optim.AdamW(
-        trainable, lr=config.training.learning_rate, weight_decay=config.training.weight_decay, fused=True
+        trainable,
+        lr=config.training.learning_rate,
+        betas=config.training.adam_betas,
+        weight_decay=config.training.weight_decay,
+        fused=True,
     )
     try:
         with warnings.catch_warnings():

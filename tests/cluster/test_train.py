@@ -105,7 +105,8 @@ def test_submitted_job_trains_the_demo_and_is_found_in_mlflow(tmp_path: Path, re
         "prepare.sample_corpora.size=64",
         "data.crop_size=64",
         "data.short_side=64",
-        "model.unet.block_out_channels=[16,16,32]",
+        "model.unet.block_out_channels=[16,16,16,32]",
+        "model.unet.norm_num_groups=16",
     ]
     with start_head(tmp_path, kept, num_cpus=2) as head:
         submitted = subprocess.run(

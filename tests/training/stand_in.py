@@ -44,7 +44,9 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 def plain_loop(config: TrainingConfig) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor]]:
     """Losses, gradient norms, weights and averaged weights of plain PyTorch in one process."""
     module = StandIn()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1.0, weight_decay=config.weight_decay, foreach=False)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=1.0, betas=config.adam_betas, weight_decay=config.weight_decay, foreach=False
+    )
     average = {name: weight.detach().clone() for name, weight in module.named_parameters()}
     losses, norms = [], []
     for step, batch in enumerate(batches()):
