@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_predict(commands)
     _add_models(commands)
+    _add_shards(commands)
     options = parser.parse_args(arguments)
     options.run(options)
 
@@ -55,6 +56,18 @@ def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     listing = actions.add_parser("list", help="registered versions, their aliases and figures")
     listing.add_argument("--tracking-uri", help=_URI_HELP)
     listing.set_defaults(run=_list_models)
+
+
+def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("shards", help="look at sharded corpora")
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    lint = actions.add_parser(
+        "lint",
+        help="verify shards; exit code 1 and a list where some are damaged",
+        description="Verifies checksums, indexes, images, masks and statistics of all shards below ROOT.",
+    )
+    lint.add_argument("root", metavar="ROOT", help="a folder, or a URL such as s3://bucket/shards")
+    lint.set_defaults(run=_lint_shards)
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -110,6 +123,20 @@ def _list_models(options: argparse.Namespace) -> None:
         figures = (", ".join(version.aliases), version.mean_iou or "-", created, version.run_id or "-")
         table.add_row(version.name, str(version.version), *figures)
     Console().print(table)
+
+
+def _lint_shards(options: argparse.Namespace) -> None:
+    from digseg.data.lint import lint_shards
+
+    report = lint_shards(options.root)
+    looked_at = f"{report.samples} samples in {report.shards} shards of {report.splits} splits"
+    if not report.problems:
+        say(f"{looked_at}: intact")
+        return
+    for problem in report.problems:
+        say(problem)
+    say(f"{looked_at}: {len(report.problems)} problems; run data_prep/shard.py again to mend them")
+    raise SystemExit(1)
 
 
 if __name__ == "__main__":

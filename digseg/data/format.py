@@ -183,11 +183,21 @@ def list_manifests(root: str | Path) -> list[Manifest]:
         DigSegError: nothing is there, or a manifest is damaged.
     """
     storage = Storage(root)
+    paths = [f"{folder}/{MANIFEST_NAME}" for folder in split_folders(storage)]
+    return [parse_manifest(storage.read(path), storage.url(path)) for path in paths]
+
+
+def split_folders(storage: Storage) -> list[str]:
+    """Folders below a root that hold a manifest, sorted.
+
+    Raises:
+        DigSegError: there is none.
+    """
     found = [
-        parse_manifest(storage.read(path), storage.url(path))
+        folder
         for corpus in storage.folders()
         for split in storage.folders(corpus)
-        if storage.size(path := f"{split_path(corpus, split)}/{MANIFEST_NAME}") is not None
+        if storage.size(f"{(folder := split_path(corpus, split))}/{MANIFEST_NAME}") is not None
     ]
     if not found:
         raise DigSegError(f"no shards below {storage.root} (no */*/{MANIFEST_NAME}); {_HOW_TO_MAKE}")

@@ -1,0 +1,145 @@
+"""Verifying shards that lie somewhere: every byte, every index line, every mask, against what the manifest says."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from digseg.console import progress
+from digseg.data.corpus import decode_image, decode_mask
+from digseg.data.format import (
+    MANIFEST_NAME,
+    MASK_MEMBER,
+    META_MEMBER,
+    IndexEntry,
+    Manifest,
+    ShardEntry,
+    Statistics,
+    index_name,
+    parse_header,
+    parse_index,
+    parse_manifest,
+    shard_problem,
+    split_folders,
+    split_path,
+)
+from digseg.data.storage import Storage
+from digseg.errors import DigSegError
+
+
+@dataclass
+class LintReport:
+    """What was looked at, and what is wrong with it, a line each."""
+
+    splits: int = 0
+    shards: int = 0
+    samples: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def lint_shards(root: str | Path) -> LintReport:
+    """Verify all splits of all corpora below a root (a folder or fsspec URL); nothing is changed.
+
+    Checked are the manifest's digest; presence, size and sha256 of every shard and index; the index' agreement with
+    both; that every sample's image and mask decode, are of one size, and hold no id outside the vocabulary; that no
+    key comes twice; the manifest's statistics; and tars that no manifest knows. One sample is in memory at a time.
+
+    Raises:
+        DigSegError: there are no shards below the root.
+    """
+    storage = Storage(root)
+    report = LintReport()
+    for folder in split_folders(storage):
+        report.splits += 1
+        path = f"{folder}/{MANIFEST_NAME}"
+        try:
+            manifest = parse_manifest(storage.read(path), storage.url(path))
+        except DigSegError as error:
+            report.problems.append(str(error))
+            continue
+        report.problems += _Split(storage, folder, manifest, report).problems()
+    return report
+
+
+class _Split:
+    def __init__(self, storage: Storage, folder: str, manifest: Manifest, report: LintReport) -> None:
+        self._storage, self._folder, self._manifest, self._report = storage, folder, manifest, report
+        self._keys: set[str] = set()
+        self._counted: Statistics | None = None
+
+    def problems(self) -> Iterator[str]:
+        manifest, url = self._manifest, self._storage.url(f"{self._folder}/{MANIFEST_NAME}")
+        if split_path(manifest.corpus, manifest.split) != self._folder:
+            yield f"{url} describes {manifest.corpus}/{manifest.split}, not the folder it lies in"
+        damaged = False
+        with progress(f"verifying {self._folder}", manifest.samples, unit="samples") as bar:
+            for shard in manifest.shards:
+                self._report.shards += 1
+                for problem in self._shard(shard):
+                    damaged = True
+                    yield problem
+                bar.advance(shard.samples)
+        # Counts of what could not be read would only repeat that it could not be read.
+        if not damaged and self._counted != manifest.statistics:
+            yield f"{url}: its statistics are not those of the masks"
+        known = {name for shard in manifest.shards for name in (shard.name, index_name(shard.name))}
+        for name in self._storage.files(self._folder):
+            if name.endswith((".tar", ".idx")) and name not in known:
+                yield f"{self._storage.url(f'{self._folder}/{name}')} is not in the manifest"
+
+    def _shard(self, shard: ShardEntry) -> Iterator[str]:
+        tar, index = f"{self._folder}/{shard.name}", f"{self._folder}/{index_name(shard.name)}"
+        problem = shard_problem(self._storage, self._folder, shard)
+        if problem:
+            yield problem
+        try:
+            content = self._storage.read(index)
+            entries = parse_index(content, self._storage.url(index))
+        except FileNotFoundError:
+            return  # said above
+        except DigSegError as error:
+            yield str(error)
+            return
+        header = parse_header(content)
+        if header is None or (header.name, header.samples, header.sha256) != (shard.name, len(entries), shard.sha256):
+            yield f"{self._storage.url(index)}: its first line does not fit the lines below it or the manifest"
+        if len(entries) != shard.samples:
+            yield f"{self._storage.url(index)} lists {len(entries)} samples, the manifest says {shard.samples}"
+        if self._storage.size(tar) is None:
+            return
+        for entry in entries:
+            self._report.samples += 1
+            reason = self._sample(tar, entry)
+            if reason:
+                yield f"{self._storage.url(tar)}: sample {entry.key!r} {reason}"
+
+    def _sample(self, tar: str, entry: IndexEntry) -> str | None:
+        """What is wrong with a sample; its statistics are kept where nothing is."""
+        if entry.key in self._keys:
+            return "has a key that another sample of the split has too"
+        self._keys.add(entry.key)
+        content = self._storage.read_range(tar, entry.start, entry.end)
+        if zlib.crc32(content) != entry.crc32:
+            return "is not what was written (crc32 differs)"
+        try:
+            image = decode_image(entry.cut(entry.image_member, content))
+            mask = decode_mask(entry.cut(MASK_MEMBER, content))
+            json.loads(entry.cut(META_MEMBER, content))
+        except (OSError, ValueError, SyntaxError, KeyError, StopIteration, Image.DecompressionBombError) as error:
+            return f"cannot be decoded ({type(error).__name__}: {error})"
+        if image.shape[:2] != mask.shape:
+            return f"has a mask of {mask.shape[::-1]} pixels and an image of {image.shape[1::-1]}"
+        num_classes = len(self._manifest.vocabulary)
+        foreign = np.unique(mask[(mask >= num_classes) & (mask != self._manifest.ignore_id)])
+        if foreign.size:
+            ids = ", ".join(map(str, foreign[:5]))
+            return f"has ids outside the vocabulary of {num_classes} classes: {ids}"
+        counted = Statistics.of_mask(mask, num_classes)
+        self._counted = Statistics.merged([self._counted, counted]) if self._counted else counted
+        return None

@@ -1,0 +1,118 @@
+"""`digseg shards lint`: intact shards pass, and every kind of damage is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shard_writing import noise_samples, write_split
+
+from digseg.cli import main
+from digseg.data.format import Manifest
+from digseg.data.lint import lint_shards
+from digseg.errors import DigSegError
+
+VOCABULARY = ("sand", "sea", "sky")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_split(tmp_path, "shore", noise_samples(10, 3), VOCABULARY)
+    write_split(tmp_path, "shore", noise_samples(3, 3, seed=1), VOCABULARY, split="val")
+    return tmp_path
+
+
+def _file(root: Path, kind: str, number: int = 0) -> Path:
+    return sorted((root / "shore/train").glob(f"*.{kind}"))[number]
+
+
+def _flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def _edited(root: Path, **changes: object) -> None:
+    """The manifest with other values and a digest that fits them."""
+    path = root / "shore/train/manifest.json"
+    manifest = Manifest.model_validate_json(path.read_bytes())
+    path.write_bytes(manifest.model_copy(update=changes).with_digest().to_json())
+
+
+def test_intact_shards_pass(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["shards", "lint", str(root)])
+    assert "13 samples in 4 shards of 2 splits: intact" in capsys.readouterr().out
+
+
+def test_wide_vocabularies_pass(tmp_path: Path) -> None:
+    write_split(tmp_path, "many", noise_samples(4, 300), [f"class {number}" for number in range(300)])
+    assert lint_shards(tmp_path).problems == []
+
+
+def test_remote_shards_pass() -> None:
+    write_split("memory://lint/here", "shore", noise_samples(4, 3), VOCABULARY)
+    assert (lint_shards("memory://lint/here").samples, lint_shards("memory://lint/here").problems) == (4, [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda root: _flip(_file(root, "tar"), 1500), ["another sha256", "sample 'k000' is not what was written"]),
+        (lambda root: _file(root, "tar").write_bytes(_file(root, "tar").read_bytes()[:9000]), ["has 9000 bytes"]),
+        (lambda root: _file(root, "tar", 1).unlink(), ["000001.tar is missing"]),
+        (lambda root: _file(root, "idx", 1).unlink(), ["000001.idx is missing"]),
+        (lambda root: _flip(_file(root, "idx"), -3), ["another sha256"]),
+        (lambda root: _flip(root / "shore/train/manifest.json", 20), ["manifest.json"]),
+        (
+            lambda root: (root / "shore/train/shore-train-000009.tar").write_bytes(b"old"),
+            ["000009.tar is not in the manifest"],
+        ),
+        (lambda root: (root / "shore/train").rename(root / "shore/test"), ["describes shore/train, not the folder"]),
+        (lambda root: _edited(root, vocabulary=VOCABULARY[:2]), ["has ids outside the vocabulary of 2 classes: 2"]),
+    ],
+)
+def test_damage_is_named_and_ends_with_code_1(
+    root: Path, damage: Callable[[Path], object], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(root)
+    with pytest.raises(SystemExit) as stopped:
+        main(["shards", "lint", str(root)])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in said), printed
+    assert "problems; run data_prep/shard.py again" in printed
+
+
+def test_statistics_are_counted_again(root: Path) -> None:
+    manifest = Manifest.model_validate_json((root / "shore/train/manifest.json").read_bytes())
+    pixels = manifest.statistics.class_pixels
+    wrong = manifest.statistics.model_copy(update={"class_pixels": (pixels[0] + 1, *pixels[1:])})
+    _edited(root, statistics=wrong)
+    (problem,) = lint_shards(root).problems
+    assert "its statistics are not those of the masks" in problem
+
+
+def test_mask_of_another_size_and_a_key_twice_are_named(tmp_path: Path) -> None:
+    samples = noise_samples(2, 3)
+    image, mask = samples["k001"]
+    samples["k001"] = (image, np.ascontiguousarray(mask[:-1]))
+    write_split(tmp_path, "shore", samples, VOCABULARY, samples_per_shard=1)
+    (problem,) = lint_shards(tmp_path).problems
+    assert "sample 'k001' has a mask of (56, 39) pixels and an image of (56, 40)" in problem
+
+    folder = tmp_path / "shore/train"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    first, second = manifest["shards"]
+    for kind in ("tar", "idx"):
+        (folder / second["name"]).with_suffix(f".{kind}").write_bytes(
+            (folder / first["name"]).with_suffix(f".{kind}").read_bytes()
+        )
+    assert any("sample 'k000' has a key that another" in problem for problem in lint_shards(tmp_path).problems)
+
+
+def test_no_shards_at_all_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(DigSegError, match=r"no shards below .*make them with"):
+        lint_shards(tmp_path)
