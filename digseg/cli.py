@@ -68,6 +68,15 @@ def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     lint.add_argument("root", metavar="ROOT", help="a folder, or a URL such as s3://bucket/shards")
     lint.set_defaults(run=_lint_shards)
+    show = actions.add_parser(
+        "show",
+        help="write one HTML page of samples, masks and classes",
+        description="Writes a page of its own, with samples, masks, class shares, domain and licence of every split.",
+    )
+    show.add_argument("root", metavar="ROOT", help="a folder, or a URL such as s3://bucket/shards")
+    show.add_argument("--out", required=True, type=Path, help="the HTML file")
+    show.add_argument("--samples", type=int, default=12, metavar="N", help="samples shown of a split (default: 12)")
+    show.set_defaults(run=_show_shards)
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -137,6 +146,18 @@ def _lint_shards(options: argparse.Namespace) -> None:
         say(problem)
     say(f"{looked_at}: {len(report.problems)} problems; run data_prep/shard.py again to mend them")
     raise SystemExit(1)
+
+
+def _show_shards(options: argparse.Namespace) -> None:
+    if options.samples < 1:
+        raise DigSegError(f"--samples is {options.samples}; it must be at least 1")
+    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
+        raise DigSegError(f"--out {options.out}: give the name of a file in a folder that exists")
+
+    from digseg.evaluation.shard_page import shard_page
+
+    options.out.write_text(shard_page(options.root, options.samples), encoding="utf-8")
+    say(f"open {options.out} in a browser")
 
 
 if __name__ == "__main__":

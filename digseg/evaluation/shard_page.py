@@ -1,0 +1,149 @@
+"""One HTML page that shows what a folder of shards holds: samples with their masks, classes, domains, licences."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from digseg.console import progress
+from digseg.data.corpus import Sample, ShardedCorpus
+from digseg.data.format import REJECTED_NAME, Manifest, Rejected, Statistics, list_manifests, split_path
+from digseg.data.storage import Storage
+from digseg.errors import DigSegError
+from digseg.evaluation.colours import class_colours, paint
+
+_TILE_PX = 320  # longer side of a picture on the page
+
+
+@dataclass(frozen=True)
+class _ClassRow:
+    name: str
+    colour: str
+    images: int
+    share: float
+
+
+@dataclass(frozen=True)
+class _Picture:
+    key: str
+    size: str
+    classes: str
+    image: str
+    mask: str
+
+
+@dataclass(frozen=True)
+class _SplitView:
+    name: str
+    domain: str
+    licence: str
+    samples: int
+    shards: int
+    bytes: int
+    sizes: str
+    digest: str
+    ignored: float
+    rejected: list[Rejected]
+    classes: list[_ClassRow]
+    sheet: list[_Picture]
+
+
+def shard_page(root: str | Path, samples_per_split: int = 12) -> str:
+    """HTML of all splits below a root (a folder or fsspec URL); it refers to nothing outside itself.
+
+    Statistics are those of the manifests; of each split ``samples_per_split`` samples are read, evenly spaced.
+
+    Raises:
+        DigSegError: no shards there, or one of the samples is damaged.
+    """
+    manifests = list_manifests(root)
+    with progress("drawing", len(manifests), unit="splits") as bar:
+        splits = []
+        for manifest in manifests:
+            splits.append(_view(root, manifest, samples_per_split))
+            bar.advance()
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("shard_page.html.j2").render(root=str(root), splits=splits)
+
+
+def _view(root: str | Path, manifest: Manifest, samples_per_split: int) -> _SplitView:
+    corpus = ShardedCorpus(root, manifest.corpus, manifest.split)
+    shown = min(samples_per_split, len(corpus))
+    counts = manifest.statistics
+    labelled = sum(counts.class_pixels)
+    return _SplitView(
+        name=split_path(manifest.corpus, manifest.split),
+        domain=manifest.domain.replace("_", " "),
+        licence=manifest.licence,
+        samples=manifest.samples,
+        shards=len(manifest.shards),
+        bytes=sum(shard.bytes for shard in manifest.shards),
+        sizes=_sizes(counts),
+        digest=manifest.digest,
+        ignored=counts.ignore_pixels / max(1, labelled + counts.ignore_pixels),
+        rejected=_rejected(root, manifest),
+        classes=[
+            _ClassRow(name, f"rgb({red}, {green}, {blue})", images, pixels / max(1, labelled))
+            for name, (red, green, blue), images, pixels in zip(
+                manifest.vocabulary,
+                class_colours(manifest.vocabulary),
+                counts.class_images,
+                counts.class_pixels,
+                strict=True,
+            )
+        ],
+        sheet=[_picture(corpus.read(number * len(corpus) // shown), manifest) for number in range(shown)],
+    )
+
+
+def _rejected(root: str | Path, manifest: Manifest) -> list[Rejected]:
+    storage, path = Storage(root), f"{split_path(manifest.corpus, manifest.split)}/{REJECTED_NAME}"
+    if storage.size(path) is None:
+        return []
+    try:
+        return [Rejected.model_validate_json(line) for line in storage.read(path).splitlines()]
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise DigSegError(f"{storage.url(path)} is damaged ({reason}); run data_prep/shard.py again") from error
+
+
+def _sizes(counts: Statistics) -> str:
+    smallest = f"{counts.min_width} x {counts.min_height}"
+    largest = f"{counts.max_width} x {counts.max_height}"
+    return f"{largest} px" if smallest == largest else f"{smallest} to {largest} px"
+
+
+def _picture(sample: Sample, manifest: Manifest) -> _Picture:
+    height, width = sample.mask.shape
+    present = [name for number, name in enumerate(manifest.vocabulary) if (sample.mask == number).any()]
+    # Painted small: every pixel of the tile is one of the mask, so that no colour is mixed.
+    step = max(1, -(-max(height, width) // _TILE_PX))
+    painted = paint(sample.mask[::step, ::step], manifest.vocabulary, manifest.ignore_id)
+    return _Picture(
+        sample.key,
+        f"{width} x {height}",
+        ", ".join(present) or "nothing labelled",
+        _data_uri(sample.image, "JPEG"),
+        _data_uri(painted, "PNG"),
+    )
+
+
+def _data_uri(pixels: NDArray[np.uint8], kind: str) -> str:
+    image = Image.fromarray(pixels)
+    image.thumbnail((_TILE_PX, _TILE_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, optimize=True)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

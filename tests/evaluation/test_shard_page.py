@@ -1,0 +1,107 @@
+"""`digseg shards show`: a page that stands alone and says what the shards hold."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from shard_writing import noise_samples, write_split
+
+from digseg.cli import main
+from digseg.data.corpus import ShardedCorpus
+from digseg.data.format import REJECTED_NAME, Rejected
+from digseg.errors import DigSegError
+from digseg.evaluation.colours import paint
+from digseg.evaluation.shard_page import shard_page
+
+VOCABULARY = ("sand", "sea <b>", "sky")
+
+
+class _Page(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href") and value]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_split(tmp_path, "shore", noise_samples(10, 3), VOCABULARY, domain="remote_sensing")
+    write_split(tmp_path, "shore", noise_samples(3, 3, seed=1), VOCABULARY, split="val")
+    return tmp_path
+
+
+def test_page_shows_evenly_spaced_samples_and_their_masks(root: Path) -> None:
+    page = _Page(shard_page(root, samples_per_split=5))
+    pictures = [link for link in page.links if link.startswith("data:image/")]
+    assert len(pictures) == 2 * 5 + 2 * 3
+    corpus = ShardedCorpus(root, "shore", "train")
+    for number in range(5):
+        sample = corpus.read(2 * number)
+        drawn = Image.open(io.BytesIO(base64.b64decode(pictures[2 * number + 1].partition(",")[2])))
+        np.testing.assert_array_equal(np.array(drawn), paint(sample.mask, VOCABULARY))
+
+
+def test_page_stands_alone(root: Path) -> None:
+    page = _Page(shard_page(root))
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+
+
+def test_page_says_what_the_manifest_says(root: Path) -> None:
+    record = Rejected(key="k<99>", image="a.png", masks=("b.png",), reason="no mask & no hope")
+    (root / "shore/train" / REJECTED_NAME).write_text(record.model_dump_json() + "\n")
+    html = shard_page(root)
+    manifest = ShardedCorpus(root, "shore", "train").manifest
+    for text in (
+        "remote sensing",
+        "CC0-1.0",
+        manifest.digest,
+        "10 in 3 shards",
+        "56 x 40 px",
+        "k&lt;99&gt;: no mask &amp;",
+    ):
+        assert text in html
+    pixels = np.array(manifest.statistics.class_pixels)
+    shares = re.findall(r'<td class="number">([\d.]+) %</td>', html)[:3]
+    np.testing.assert_allclose([float(share) for share in shares], 100 * pixels / pixels.sum(), atol=0.006)
+
+
+def test_names_are_text_not_markup(root: Path) -> None:
+    html = shard_page(root)
+    assert "sea &lt;b&gt;" in html
+    assert "<b>" not in html
+
+
+def test_command_writes_the_page(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["shards", "show", str(root), "--out", str(root / "page.html"), "--samples", "2"])
+    assert f"open {root / 'page.html'} in a browser" in capsys.readouterr().out
+    assert (root / "page.html").read_text().count("<figure>") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "nowhere/page.html"], r"--out nowhere/page\.html: give the name of a file"),
+        (["--out", "page.html", "--samples", "0"], "--samples is 0; it must be at least 1"),
+        (["--out", "page.html"], "no shards below"),
+    ],
+)
+def test_mistake_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DigSegError, match=said):
+        main(["shards", "show", str(tmp_path), *arguments])
+    assert not list(tmp_path.iterdir())
