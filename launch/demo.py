@@ -57,6 +57,8 @@ def run_demo(config: Config, out: Path) -> dict[str, Any]:
     """Run every stage and return the summary, which is also written to ``out/summary.json``."""
     if not config.tracking.enabled:
         raise DigSegError("tracking.enabled is false: the demo registers its model, so it needs tracking")
+    if not config.evaluation.corpora:
+        raise DigSegError("evaluation.corpora is empty: name a corpus and a split that decide over the champion")
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
     with ray_session(config.cluster):
