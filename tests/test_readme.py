@@ -73,7 +73,8 @@ def ray_head(environment: dict[str, str], tmp_path: Path) -> Iterator[dict[str, 
 @pytest.mark.timeout(1800)
 def test_every_command_of_the_readme_runs(project: Path, environment: dict[str, str], ray_head: dict[str, str]) -> None:
     _folder_corpus(project / "my_corpus")
-    listed = commands((project / "README.md").read_text())
+    readme = (project / "README.md").read_text()
+    listed = commands(readme)
     assert len(listed) >= 8
     assert "make demo" in listed
     for command in listed:
@@ -97,6 +98,18 @@ def test_every_command_of_the_readme_runs(project: Path, environment: dict[str, 
     assert set(summary["evaluation"]["held_out"]) == {"sample_town"}
     assert Path(summary["picture"]).stat().st_size > 10_000
     assert list((project / "outputs" / "predictions").glob("*.overlay.png"))
+    python = "\n".join(re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL))
+    asked = "assert answer.classes[0] == ['background', 'road', 'car']"
+    done = subprocess.run(
+        [".venv/bin/python", "-c", f"{python}\n{asked}"],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_the_readme_shows_files_that_exist(repository: Path) -> None:

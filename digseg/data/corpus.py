@@ -84,25 +84,8 @@ class ShardedCorpus:
             CorruptSampleError: the bytes differ from what was written, or cannot be decoded.
         """
         shard, entry = self._locate(index)
-        name = self.manifest.shards[shard].name
-        where = self._storage.url(f"{self._folder}/{name}")
-        try:
-            content = self._storage.read_range(f"{self._folder}/{name}", entry.start, entry.end)
-        except FileNotFoundError as error:
-            raise DigSegError(f"{where} is gone; run data_prep/shard.py again to mend it") from error
-        except OSError as error:
-            raise CorruptSampleError(entry.key, where, f"cannot be read ({error})") from error
-        if zlib.crc32(content) != entry.crc32:
-            raise CorruptSampleError(entry.key, where, "its bytes are not what was written (crc32 differs)")
-        try:
-            return Sample(
-                entry.key,
-                decode_image(entry.cut(entry.image_member, content), min_short_side),
-                decode_mask(entry.cut(MASK_MEMBER, content)),
-                json.loads(entry.cut(META_MEMBER, content)),
-            )
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise CorruptSampleError(entry.key, where, f"cannot be decoded ({error})") from error
+        path = f"{self._folder}/{self.manifest.shards[shard].name}"
+        return read_sample(self._storage, path, entry, min_short_side)
 
     def key(self, index: int) -> str:
         """The key of sample ``index``, without reading the sample."""
@@ -150,6 +133,35 @@ class ShardedCorpus:
                 found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
                 hint = "run data_prep/shard.py again to mend it"
                 raise DigSegError(f"{self._storage.url(path)} {found}; {hint}")
+
+
+def read_sample(storage: Storage, path: str, entry: IndexEntry, min_short_side: int | None = None) -> Sample:
+    """Decode the sample that ``entry`` places in the tar ``path``; see :meth:`ShardedCorpus.read`.
+
+    Raises:
+        CorruptSampleError: the bytes differ from what was written, or cannot be decoded.
+        DigSegError: the tar is gone.
+    """
+    where = storage.url(path)
+    try:
+        content = storage.read_range(path, entry.start, entry.end)
+    except FileNotFoundError as error:
+        raise DigSegError(f"{where} is gone; run data_prep/shard.py again to mend it") from error
+    except OSError as error:
+        raise CorruptSampleError(entry.key, where, f"cannot be read ({error})") from error
+    if zlib.crc32(content) != entry.crc32:
+        raise CorruptSampleError(entry.key, where, "its bytes are not what was written (crc32 differs)")
+    try:
+        return Sample(
+            entry.key,
+            decode_image(entry.cut(entry.image_member, content), min_short_side),
+            decode_mask(entry.cut(MASK_MEMBER, content)),
+            json.loads(entry.cut(META_MEMBER, content)),
+        )
+    except (KeyError, StopIteration) as error:
+        raise CorruptSampleError(entry.key, where, "its index line lacks a member") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CorruptSampleError(entry.key, where, f"cannot be decoded ({error})") from error
 
 
 def decode_image(content: bytes, min_short_side: int | None = None) -> npt.NDArray[np.uint8]:

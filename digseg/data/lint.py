@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from digseg.console import progress
-from digseg.data.corpus import decode_image, decode_mask
+from digseg.data.corpus import CorruptSampleError, read_sample
 from digseg.data.format import (
     MANIFEST_NAME,
-    MASK_MEMBER,
-    META_MEMBER,
     IndexEntry,
     Manifest,
     ShardEntry,
@@ -117,29 +112,26 @@ class _Split:
             self._report.samples += 1
             reason = self._sample(tar, entry)
             if reason:
-                yield f"{self._storage.url(tar)}: sample {entry.key!r} {reason}"
+                yield reason
 
     def _sample(self, tar: str, entry: IndexEntry) -> str | None:
         """What is wrong with a sample; its statistics are kept where nothing is."""
+        name = f"sample {entry.key!r} in {self._storage.url(tar)}"
         if entry.key in self._keys:
-            return "has a key that another sample of the split has too"
+            return f"{name}: another sample of the split has this key too"
         self._keys.add(entry.key)
-        content = self._storage.read_range(tar, entry.start, entry.end)
-        if zlib.crc32(content) != entry.crc32:
-            return "is not what was written (crc32 differs)"
         try:
-            image = decode_image(entry.cut(entry.image_member, content))
-            mask = decode_mask(entry.cut(MASK_MEMBER, content))
-            json.loads(entry.cut(META_MEMBER, content))
-        except (OSError, ValueError, SyntaxError, KeyError, StopIteration, Image.DecompressionBombError) as error:
-            return f"cannot be decoded ({type(error).__name__}: {error})"
-        if image.shape[:2] != mask.shape:
-            return f"has a mask of {mask.shape[::-1]} pixels and an image of {image.shape[1::-1]}"
+            sample = read_sample(self._storage, tar, entry)
+        except CorruptSampleError as error:
+            return str(error)
+        mask = sample.mask
+        if sample.image.shape[:2] != mask.shape:
+            return f"{name}: the mask has {mask.shape[::-1]} pixels, the image {sample.image.shape[1::-1]}"
         num_classes = len(self._manifest.vocabulary)
         foreign = np.unique(mask[(mask >= num_classes) & (mask != self._manifest.ignore_id)])
         if foreign.size:
             ids = ", ".join(map(str, foreign[:5]))
-            return f"has ids outside the vocabulary of {num_classes} classes: {ids}"
+            return f"{name}: ids outside the vocabulary of {num_classes} classes: {ids}"
         counted = Statistics.of_mask(mask, num_classes)
         self._counted = Statistics.merged([self._counted, counted]) if self._counted else counted
         return None
