@@ -8,7 +8,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,8 +39,7 @@ class MlflowRun:
 
     The run's name identifies it: its id is kept in `run.storage/run.name/mlflow_run.json`, and a process that
     starts the same run again continues it if the store still knows it. Metrics are handed to a thread, so
-    that training never waits for the store; figures of steps that an earlier process already logged are not
-    repeated.
+    that training never waits for the store; those of steps that the store already has are not repeated.
     """
 
     def __init__(self, config: Config, world_size: int | None = None) -> None:
@@ -88,14 +87,14 @@ class MlflowRun:
             self._client.log_inputs(self.run_id, list(_dataset_inputs(self._config.data.root, dataset_digests)))
             self._client.log_text(self.run_id, dump_config(self._config), "config.yaml")
             self._client.log_dict(self.run_id, lineage.environment(), "environment.json")
+            self._writer = _MetricWriter(self._client, self.run_id, self._last_steps())
         except MlflowException as error:
             raise DigSegError(f"MLflow at {self._uri} refuses the run: {first_line(error)}") from error
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Queue figures of a step; returns at once. Values that are not finite are logged as they are."""
-        if self._writer is None:
-            logged = _read_record(self._record_path).get("logged", {})
-            self._writer = _MetricWriter(self._client, self.run_id, dict(logged), self._save_record)
+        """Queue figures of a step of a started run, steps ascending; returns at once. A step that the store
+        already has is left out; values that are not finite are logged as they are."""
+        assert self._writer is not None, "start() comes first"
         now_ms = time.time_ns() // 1_000_000
         self._writer.put([Metric(metric_name(name), float(value), now_ms, step) for name, value in values.items()])
 
@@ -141,16 +140,19 @@ class MlflowRun:
             run_name=self._config.run.name,
             tags={"mlflow.source.name": "launch/train.py", "mlflow.source.type": "JOB"},
         )
-        self._run_id = str(run.info.run_id)
-        self._save_record({})
-        return self._run_id
+        self._save_record(run.info.run_id)
+        return str(run.info.run_id)
 
-    def _save_record(self, logged: Mapping[str, int]) -> None:
+    def _save_record(self, run_id: str) -> None:
         self._record_path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._record_path.with_suffix(".tmp")
-        record = {"run_id": self._run_id, "tracking_uri": self._uri, "logged": dict(logged)}
-        partial.write_text(json.dumps(record, indent=1))
+        partial.write_text(json.dumps({"run_id": run_id, "tracking_uri": self._uri}, indent=1))
         partial.replace(self._record_path)
+
+    def _last_steps(self) -> dict[str, int]:
+        """The last step of each metric that the store has. The store is asked, not a note of what was sent to
+        it: a process that is killed cannot tell which of its last figures arrived."""
+        return {metric.key: metric.step for metric in self._client.get_run(self.run_id).data.to_proto().metrics}
 
     def _log_parameters(self, parameters: Mapping[str, str]) -> None:
         """Parameters cannot be changed in MLflow: a continued run keeps its first ones, and says what
@@ -262,14 +264,8 @@ class _MetricWriter:
     """Writes metrics in batches from a thread of its own. A store that fails is tried again, without end
     while the run goes on and for `_FINISH_TIMEOUT_S` at its end; it never stops the run."""
 
-    def __init__(
-        self,
-        client: MlflowClient,
-        run_id: str,
-        logged: dict[str, int],
-        save: Callable[[Mapping[str, int]], None],
-    ) -> None:
-        self._client, self._run_id, self._logged, self._save = client, run_id, logged, save
+    def __init__(self, client: MlflowClient, run_id: str, last_steps: dict[str, int]) -> None:
+        self._client, self._run_id, self._last_steps = client, run_id, last_steps
         self._queue: list[Metric] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -277,8 +273,11 @@ class _MetricWriter:
         self._thread.start()
 
     def put(self, metrics: Sequence[Metric]) -> None:
+        """Queue those metrics whose step comes after the last one of their key."""
+        new = [metric for metric in metrics if metric.step > self._last_steps.get(metric.key, -1)]
+        self._last_steps |= {metric.key: metric.step for metric in new}
         with self._lock:
-            self._queue.extend(metrics)
+            self._queue.extend(new)
 
     def close(self) -> None:
         self._closing.set()
@@ -308,11 +307,6 @@ class _MetricWriter:
                 batch = self._queue[:_BATCH]
             if not batch:
                 return
-            new = [metric for metric in batch if metric.step > self._logged.get(metric.key, -1)]
-            if new:
-                self._client.log_batch(self._run_id, metrics=new)
-            for metric in new:
-                self._logged[metric.key] = max(metric.step, self._logged.get(metric.key, -1))
-            self._save(self._logged)
+            self._client.log_batch(self._run_id, metrics=batch)
             with self._lock:
                 del self._queue[: len(batch)]

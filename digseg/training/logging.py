@@ -22,7 +22,11 @@ class RunLogger(Protocol):
         ``dataset_digests`` maps ``corpus/split`` to its manifest's digest."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record figures of the window that ended with ``step`` (the number of optimizer steps taken)."""
+        """Record figures of the window that ended with ``step`` (the number of optimizer steps taken).
+
+        After a restart the figures up to the checkpoint come once more, before new ones; a logger leaves out
+        the steps that it has.
+        """
 
     def finish(self, status: RunStatus) -> None:
         """Close the run: ``finished`` once all steps are taken, ``failed`` when training raised."""

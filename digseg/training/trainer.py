@@ -25,7 +25,7 @@ from digseg.training.checkpoint import Checkpoint, CheckpointStore
 from digseg.training.deepspeed_config import micro_batches
 from digseg.training.ema import WeightAverage, merged_weights, shares_state
 from digseg.training.engine import Engine
-from digseg.training.logging import MetricsFile, NullLogger, RunLogger
+from digseg.training.logging import MetricsFile, NullLogger, RunLogger, read_metrics
 from digseg.training.run import (
     RunDirectory,
     TrainingResult,
@@ -268,6 +268,9 @@ class Trainer:
     def _logged_run(self) -> Iterator[None]:
         self.logger.start(self.config.model_dump(mode="json"), self._dataset_digests())
         try:
+            # A process that was killed may not have delivered its last figures; the file has them.
+            for figures in read_metrics(self.directory.metrics) if self.world.is_main else []:
+                self.logger.metrics(figures.pop("step"), figures)
             yield
         except BaseException:
             self.logger.finish("failed")

@@ -89,6 +89,21 @@ def test_starting_again_continues_the_run_without_repeating_its_metrics(config: 
     assert len(client.search_runs([client.get_run(first.run_id).info.experiment_id])) == 1
 
 
+def test_figures_that_a_killed_process_did_not_deliver_are_delivered_by_the_next(
+    config: Config, client: MlflowClient
+) -> None:
+    first = _started(config)
+    first.metrics(10, {"loss": 10.0})
+    first.finish("failed")
+    # It also had 20 and 30, which nobody will ever send from there: the next process begins with all of them.
+    second = _started(config)
+    for step in (10, 20, 30, 40):
+        second.metrics(step, {"loss": float(step), "gradient_norm": 1.0})
+    second.finish("finished")
+    assert [metric.step for metric in client.get_metric_history(first.run_id, "loss")] == [10, 20, 30, 40]
+    assert [metric.step for metric in client.get_metric_history(first.run_id, "gradient_norm")] == [10, 20, 30, 40]
+
+
 def test_changed_parameters_of_a_continued_run_are_noted(config: Config, client: MlflowClient) -> None:
     run = _started(config, cluster={"workers": 2})
     again = _started(config, cluster={"workers": 4})

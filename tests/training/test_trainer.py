@@ -155,6 +155,17 @@ def test_logger_is_started_fed_and_finished(folder: Path) -> None:
     assert logged == [(line.pop("step"), line) for line in lines]
 
 
+def test_logger_of_a_run_that_goes_on_gets_the_earlier_figures_first(folder: Path) -> None:
+    config = _config(folder, "told-again", log_every=1)
+    _train_until_killed(config, 5)
+    recorder = Recorder()
+    Trainer(config, World(), recorder).train()
+    lines = read_metrics(folder / "runs/told-again/metrics.jsonl")
+    told = [{"step": call[1], **call[2]} for call in recorder.calls if call[0] == "metrics"]
+    assert [line["step"] for line in told] == list(range(1, STEPS + 1))
+    assert told == lines
+
+
 def test_loss_that_is_not_finite_stops_the_run_and_tells_the_logger(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
