@@ -25,7 +25,7 @@ _DERIVED = {
 }
 
 
-def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, world_size: int, num_parameters: int, on_gpu: bool = False) -> dict[str, Any]:
     """The JSON that DeepSpeed is started with.
 
     The engine keeps float32 weights and knows nothing of bf16: the module runs its forward pass under
@@ -45,6 +45,8 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
             "stage": training.zero_stage,
             # DeepSpeed allocates a whole bucket (2 GB by default) even for a small model.
             "reduce_bucket_size": min(num_parameters, 500_000_000),
+            # Copying each gradient into one buffer keeps GPU memory in one piece; a CPU only pays for the copies.
+            "contiguous_gradients": on_gpu,
         },
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,

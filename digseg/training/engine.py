@@ -47,7 +47,8 @@ class Engine:
         self._norm: Tensor | float | None = None
         world.join()
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        settings = deepspeed_config(config, world.world_size, sum(p.numel() for p in trainable))
+        size = sum(parameter.numel() for parameter in trainable)
+        settings = deepspeed_config(config, world.world_size, size, on_gpu=world.device.type == "cuda")
         self._deepspeed = _initialised(module.to(world.device), trainable, settings, config, world)
 
     def forward_backward(self, batch: Any) -> dict[str, Tensor]:

@@ -36,7 +36,12 @@ def test_a_micro_batch_that_does_not_fit_is_told_the_sizes_that_do(tmp_path: Pat
 def test_expert_settings_are_merged_into_the_derived_ones(tmp_path: Path) -> None:
     config = _config(tmp_path, deepspeed={"zero_optimization": {"overlap_comm": True}, "dump_state": True})
     derived = deepspeed_config(config, 1, num_parameters=1000)
-    assert derived["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000, "overlap_comm": True}
+    assert derived["zero_optimization"] == {
+        "stage": 1,
+        "reduce_bucket_size": 1000,
+        "contiguous_gradients": False,
+        "overlap_comm": True,
+    }
     assert derived["dump_state"] is True
     assert derived["gradient_clipping"] == 1.0
 
