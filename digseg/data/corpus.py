@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import io
 import itertools
 import json
 import zlib
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from digseg.data.decoding import decode_image, decode_mask
 from digseg.data.format import (
     MASK_MEMBER,
     META_MEMBER,
@@ -26,6 +26,7 @@ from digseg.data.format import (
     shard_problem,
     split_path,
 )
+from digseg.data.index import ShardIndex
 from digseg.data.storage import Storage
 from digseg.errors import DigSegError
 
@@ -36,6 +37,23 @@ class CorruptSampleError(Exception):
     def __init__(self, key: str, where: str, reason: str) -> None:
         super().__init__(f"sample {key!r} in {where}: {reason}")
         self.key = key
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample as it lies in its shard: bytes that were verified, but not decoded. ``where`` names the shard."""
+
+    entry: IndexEntry
+    content: bytes
+    where: str
+
+    @property
+    def key(self) -> str:
+        return self.entry.key
+
+    def member(self, name: str) -> bytes:
+        """The content of a member. Raises KeyError where the sample has none of that name."""
+        return self.entry.cut(name, self.content)
 
 
 @dataclass(frozen=True)
@@ -67,12 +85,27 @@ class ShardedCorpus:
         self._storage = Storage(root)
         self._folder = split_path(corpus, split)
         self._first = list(itertools.accumulate((s.samples for s in self.manifest.shards), initial=0))
-        self._indexes: dict[int, list[IndexEntry]] = {}
+        self._indexes: dict[int, ShardIndex] = {}
         if self._storage.is_local:
             self._check_sizes()
 
     def __len__(self) -> int:
         return self.manifest.samples
+
+    @property
+    def name(self) -> str:
+        """``corpus/split``, as samples and messages name it."""
+        return f"{self.manifest.corpus}/{self.manifest.split}"
+
+    def stored(self, index: int) -> StoredSample:
+        """The undecoded bytes of sample ``index``, with one ranged read.
+
+        Raises:
+            CorruptSampleError: the bytes cannot be read, or differ from what was written.
+        """
+        shard, number = self._locate(index)
+        path = f"{self._folder}/{self.manifest.shards[shard].name}"
+        return read_stored(self._storage, path, self._index(shard).entry(number))
 
     def read(self, index: int, min_short_side: int | None = None) -> Sample:
         """Decode sample ``index``.
@@ -83,13 +116,12 @@ class ShardedCorpus:
         Raises:
             CorruptSampleError: the bytes differ from what was written, or cannot be decoded.
         """
-        shard, entry = self._locate(index)
-        path = f"{self._folder}/{self.manifest.shards[shard].name}"
-        return read_sample(self._storage, path, entry, min_short_side)
+        return decode_sample(self.stored(index), min_short_side)
 
     def key(self, index: int) -> str:
         """The key of sample ``index``, without reading the sample."""
-        return self._locate(index)[1].key
+        shard, number = self._locate(index)
+        return self._index(shard).key(number)
 
     def verify(self) -> None:
         """Compare every byte of every shard with the manifest's sha256.
@@ -102,13 +134,14 @@ class ShardedCorpus:
             if problem:
                 raise DigSegError(f"{problem}; run data_prep/shard.py again to mend it")
 
-    def _locate(self, index: int) -> tuple[int, IndexEntry]:
+    def _locate(self, index: int) -> tuple[int, int]:
+        """(shard, number within it) of a sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = bisect.bisect_right(self._first, index) - 1
-        return shard, self._index(shard)[index - self._first[shard]]
+        return shard, index - self._first[shard]
 
-    def _index(self, shard: int) -> list[IndexEntry]:
+    def _index(self, shard: int) -> ShardIndex:
         if shard not in self._indexes:
             entry = self.manifest.shards[shard]
             path = f"{self._folder}/{index_name(entry.name)}"
@@ -122,7 +155,7 @@ class ShardedCorpus:
                     f"{self._storage.url(path)} lists {len(entries)} samples, the manifest says "
                     f"{entry.samples}; run data_prep/shard.py again to mend it"
                 )
-            self._indexes[shard] = entries
+            self._indexes[shard] = ShardIndex(entries)
         return self._indexes[shard]
 
     def _check_sizes(self) -> None:
@@ -135,11 +168,11 @@ class ShardedCorpus:
                 raise DigSegError(f"{self._storage.url(path)} {found}; {hint}")
 
 
-def read_sample(storage: Storage, path: str, entry: IndexEntry, min_short_side: int | None = None) -> Sample:
-    """Decode the sample that ``entry`` places in the tar ``path``; see :meth:`ShardedCorpus.read`.
+def read_stored(storage: Storage, path: str, entry: IndexEntry) -> StoredSample:
+    """The bytes of the sample that ``entry`` places in the tar ``path``, compared with their checksum.
 
     Raises:
-        CorruptSampleError: the bytes differ from what was written, or cannot be decoded.
+        CorruptSampleError: the bytes cannot be read, or differ from what was written.
         DigSegError: the tar is gone.
     """
     where = storage.url(path)
@@ -151,37 +184,24 @@ def read_sample(storage: Storage, path: str, entry: IndexEntry, min_short_side: 
         raise CorruptSampleError(entry.key, where, f"cannot be read ({error})") from error
     if zlib.crc32(content) != entry.crc32:
         raise CorruptSampleError(entry.key, where, "its bytes are not what was written (crc32 differs)")
+    return StoredSample(entry, content, where)
+
+
+def decode_sample(stored: StoredSample, min_short_side: int | None = None) -> Sample:
+    """Decode image, mask and meta; see :meth:`ShardedCorpus.read`.
+
+    Raises:
+        CorruptSampleError: a member is missing or cannot be decoded.
+    """
+    entry = stored.entry
     try:
         return Sample(
             entry.key,
-            decode_image(entry.cut(entry.image_member, content), min_short_side),
-            decode_mask(entry.cut(MASK_MEMBER, content)),
-            json.loads(entry.cut(META_MEMBER, content)),
+            decode_image(stored.member(entry.image_member), min_short_side),
+            decode_mask(stored.member(MASK_MEMBER)),
+            json.loads(stored.member(META_MEMBER)),
         )
     except (KeyError, StopIteration) as error:
-        raise CorruptSampleError(entry.key, where, "its index line lacks a member") from error
+        raise CorruptSampleError(entry.key, stored.where, "its index line lacks a member") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CorruptSampleError(entry.key, where, f"cannot be decoded ({error})") from error
-
-
-def decode_image(content: bytes, min_short_side: int | None = None) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3] RGB of a JPEG or PNG, reduced by a whole factor where ``min_short_side`` allows it."""
-    image: Image.Image = Image.open(io.BytesIO(content))
-    if min_short_side:
-        factor = min(image.size) // min_short_side
-        if factor > 1:
-            # A JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the cost; draft() does nothing to a PNG.
-            image.draft("RGB", (-(-image.width // factor), -(-image.height // factor)))
-            factor = min(image.size) // min_short_side
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        if factor > 1:
-            image = image.reduce(factor)
-    else:
-        image = image if image.mode == "RGB" else image.convert("RGB")
-    return np.array(image)
-
-
-def decode_mask(content: bytes) -> npt.NDArray[Any]:
-    """[H, W] ids, uint8 or uint16, as the PNG holds them."""
-    mask = np.array(Image.open(io.BytesIO(content)))
-    return mask if mask.dtype == np.uint8 else mask.astype(np.uint16)
+        raise CorruptSampleError(entry.key, stored.where, f"cannot be decoded ({error})") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from digseg.console import progress
-from digseg.data.corpus import CorruptSampleError, read_sample
+from digseg.data.corpus import CorruptSampleError, decode_sample, read_stored
 from digseg.data.format import (
     MANIFEST_NAME,
     IndexEntry,
@@ -121,7 +121,7 @@ class _Split:
             return f"{name}: another sample of the split has this key too"
         self._keys.add(entry.key)
         try:
-            sample = read_sample(self._storage, tar, entry)
+            sample = decode_sample(read_stored(self._storage, tar, entry))
         except CorruptSampleError as error:
             return str(error)
         mask = sample.mask

@@ -1,8 +1,7 @@
-"""Training batches: the sample at a global position is a pure function of (seed, position).
+"""Training batches: step s of any world consumes global positions [s*B, (s+1)*B), rank r its contiguous slice.
 
-Step s of any world consumes positions [s*B, (s+1)*B), rank r its contiguous slice of them. Nothing is
-shuffled in a buffer and no worker has a state, so a run resumes from its step alone, with any number of
-ranks or loader processes.
+What lies at a position is a pure function (:mod:`digseg.data.training_data`) and no worker has a state, so a run
+resumes from its step alone, with any number of ranks or loader processes.
 """
 
 from __future__ import annotations
@@ -16,44 +15,15 @@ from functools import partial
 from multiprocessing.context import ForkServerContext
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from digseg.config.schema import Config, DataConfig
-from digseg.data.corpus import CorruptSampleError, Sample, ShardedCorpus
-from digseg.data.mixture import Mixture
-from digseg.data.order import mix64, permuted_index
-from digseg.data.queries import (
-    Query,
-    class_frequencies,
-    class_weights,
-    draw_query,
-    name_table,
-    query_vocabulary,
-)
-from digseg.data.transforms import TransformSettings, training_crop
+from digseg.config.schema import Config
+from digseg.data.queries import class_weights
+from digseg.data.training_data import TrainingData, TrainingSample
 from digseg.errors import DigSegError
 
 _log = logging.getLogger(__name__)
-
-# Independent random streams of one position: the query must not change with the image's size.
-_ORDER, _QUERY, _CROP = range(3)
-
-
-@dataclass(frozen=True)
-class TrainingSample:
-    """``image`` float32 [3, C, C] in [-1, 1]; ``labels`` uint8 [C, C], slots of the query, 255 ignored.
-
-    ``corrupt`` names the samples that were due here but could not be read.
-    """
-
-    position: int
-    key: str
-    image: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.uint8]
-    query: Query
-    corrupt: tuple[str, ...]
 
 
 @dataclass
@@ -95,106 +65,6 @@ class Batch:
                 **{field.name: getattr(self, field.name)[part] for field in dataclasses.fields(self)[:-1]},
                 corrupt=self.corrupt if start == 0 else [],
             )
-
-
-class TrainingData:
-    """The mixture of sharded corpora that a run trains on.
-
-    Raises:
-        DigSegError: shards are missing or damaged.
-    """
-
-    def __init__(self, config: DataConfig, seed: int) -> None:
-        self._config, self._seed = config, seed
-        self._corpora = [ShardedCorpus(config.root, entry.name, entry.split) for entry in config.corpora]
-        self.manifests = tuple(corpus.manifest for corpus in self._corpora)
-        self.names = name_table(self.manifests)
-        self.class_frequency = tuple(class_frequencies(manifest) for manifest in self.manifests)
-        self.mixture = Mixture(
-            [len(corpus) for corpus in self._corpora], [entry.weight for entry in config.corpora], seed
-        )
-        self._vocabularies = [query_vocabulary(m, self.manifests, self.names) for m in self.manifests]
-        self._transforms = [
-            TransformSettings.of(config, entry, manifest.domain)
-            for entry, manifest in zip(config.corpora, self.manifests, strict=True)
-        ]
-        self._cache = DecodedCache(config.decoded_cache_mb << 20)
-
-    def sample(self, position: int) -> TrainingSample:
-        """The sample at a global position: the same whoever asks, whenever.
-
-        A sample that cannot be read is replaced by the next of its epoch's order.
-
-        Raises:
-            DigSegError: more than ``data.max_corrupt`` samples in a row cannot be read, or none of the
-                corpus.
-        """
-        number, epoch, index = self.mixture.locate(position)
-        sample, corrupt = self._read(number, epoch, index)
-        query = draw_query(
-            self._vocabularies[number],
-            self.class_frequency[number],
-            self._config.queries,
-            self._rng(position, _QUERY),
-        )
-        image, labels = training_crop(
-            sample.image, sample.mask, query.label_map, self._transforms[number], self._rng(position, _CROP)
-        )
-        return TrainingSample(position, self._name(number, sample.key), image, labels, query, corrupt)
-
-    def _read(self, number: int, epoch: int, index: int) -> tuple[Sample, tuple[str, ...]]:
-        corpus = self._corpora[number]
-        order_seed = mix64(self._seed, _ORDER, number, epoch)
-        corrupt: list[str] = []
-        for attempt in range(min(len(corpus), self._config.max_corrupt + 1)):
-            place = permuted_index((index + attempt) % len(corpus), len(corpus), order_seed)
-            try:
-                return self._decoded(number, place), tuple(corrupt)
-            except CorruptSampleError as error:
-                _log.debug("replacing %s", error)
-                corrupt.append(f"{self._name(number, error.key)}: {error}")
-        raise DigSegError(
-            f"{len(corrupt)} samples in a row cannot be read, the last was {corrupt[-1]}; "
-            "run data_prep/shard.py again to mend the shards"
-        )
-
-    def _decoded(self, number: int, place: int) -> Sample:
-        sample = self._cache.get((number, place))
-        if sample is None:
-            sample = self._corpora[number].read(place, self._transforms[number].longest_short_side)
-            self._cache.put((number, place), sample)
-        return sample
-
-    def _name(self, number: int, key: str) -> str:
-        manifest = self.manifests[number]
-        return f"{manifest.corpus}/{manifest.split}/{key}"
-
-    def _rng(self, position: int, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, position, stream])
-
-
-class DecodedCache:
-    """Decoded samples of this process, up to ``max_bytes``: the first that come stay.
-
-    Every epoch reads each sample once, so that evicting the least recent would evict what is needed soonest.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._free_bytes = self._max_bytes = max_bytes
-        self._samples: dict[tuple[int, int], Sample] = {}
-
-    def __reduce__(self) -> tuple[type[DecodedCache], tuple[int]]:
-        # A loader process fills its own.
-        return DecodedCache, (self._max_bytes,)
-
-    def get(self, place: tuple[int, int]) -> Sample | None:
-        return self._samples.get(place)
-
-    def put(self, place: tuple[int, int], sample: Sample) -> None:
-        size = sample.image.nbytes + sample.mask.nbytes
-        if size <= self._free_bytes:
-            self._free_bytes -= size
-            self._samples[place] = sample
 
 
 def training_batches(

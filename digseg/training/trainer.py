@@ -15,7 +15,8 @@ from torch import Tensor
 
 from digseg.config import Config
 from digseg.console import ProgressHandle, progress, say
-from digseg.data.loader import Batch, TrainingData, training_batches
+from digseg.data.loader import Batch, training_batches
+from digseg.data.training_data import TrainingData
 from digseg.errors import DigSegError
 from digseg.model.export import export_model
 from digseg.model.segmenter import build_segmenter

@@ -9,8 +9,9 @@ from shard_writing import data_config, noise_samples, write_split
 
 from digseg.config import Config
 from digseg.data.corpus import ShardedCorpus
-from digseg.data.loader import Batch, TrainingData, training_batches
+from digseg.data.loader import Batch, training_batches
 from digseg.data.queries import class_weights
+from digseg.data.training_data import TrainingData
 from digseg.errors import DigSegError
 
 SHORE = ("sand", "rock", "moss")
@@ -171,7 +172,7 @@ def damaged_root(tmp_path: Path, damaged: int) -> Path:
     content = bytearray(shard.read_bytes())
     corpus = ShardedCorpus(tmp_path, "shore", "train")
     for number in range(damaged):
-        content[corpus._locate(number)[1].start + 600] ^= 0xFF
+        content[corpus.stored(number).entry.start + 600] ^= 0xFF
     shard.write_bytes(content)
     return tmp_path
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from shard_writing import noise_samples, write_split
 
-from digseg.data.corpus import CorruptSampleError, ShardedCorpus, decode_image
+from digseg.data.corpus import CorruptSampleError, ShardedCorpus
+from digseg.data.decoding import decode_image
 from digseg.data.format import index_name, list_manifests, load_manifest, parse_index
 from digseg.errors import DigSegError
 

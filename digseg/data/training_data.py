@@ -1,0 +1,104 @@
+"""The training sample at a global position: a pure function of (seed, position).
+
+Nothing is shuffled in a buffer and nothing has a state, so it does not matter who asks for a position, when, or
+after which other.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from digseg.config.schema import DataConfig
+from digseg.data.corpus import CorruptSampleError, ShardedCorpus
+from digseg.data.images import DecodedCache, ImageSource
+from digseg.data.mixture import Mixture
+from digseg.data.order import mix64, permuted_index
+from digseg.data.queries import Query, class_frequencies, draw_query, name_table, query_vocabulary
+from digseg.data.transforms import TransformSettings
+from digseg.errors import DigSegError
+
+_log = logging.getLogger(__name__)
+
+# Independent random streams of one position: the query must not change with the image's size.
+_ORDER, _QUERY, _CROP = range(3)
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """``image`` float32 [3, C, C] in [-1, 1]; ``labels`` uint8 [C, C], slots of the query, 255 ignored.
+
+    ``corrupt`` names the samples that were due here but could not be read.
+    """
+
+    position: int
+    key: str
+    image: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.uint8]
+    query: Query
+    corrupt: tuple[str, ...]
+
+
+class TrainingData:
+    """The mixture of sharded corpora that a run trains on.
+
+    Raises:
+        DigSegError: shards are missing or damaged.
+    """
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self._config, self._seed = config, seed
+        self._corpora = [ShardedCorpus(config.root, entry.name, entry.split) for entry in config.corpora]
+        self.manifests = tuple(corpus.manifest for corpus in self._corpora)
+        self.names = name_table(self.manifests)
+        self.class_frequency = tuple(class_frequencies(manifest) for manifest in self.manifests)
+        self.mixture = Mixture(
+            [len(corpus) for corpus in self._corpora], [entry.weight for entry in config.corpora], seed
+        )
+        self._vocabularies = [query_vocabulary(m, self.manifests, self.names) for m in self.manifests]
+        cache = DecodedCache(config.decoded_cache_mb << 20)
+        self._sources = [
+            ImageSource(corpus, TransformSettings.of(config, entry, corpus.manifest.domain), cache)
+            for entry, corpus in zip(config.corpora, self._corpora, strict=True)
+        ]
+
+    def sample(self, position: int) -> TrainingSample:
+        """The sample at a global position: the same whoever asks, whenever.
+
+        A sample that cannot be read is replaced by the next of its epoch's order.
+
+        Raises:
+            DigSegError: more than ``data.max_corrupt`` samples in a row cannot be read, or none of the
+                corpus.
+        """
+        number, epoch, index = self.mixture.locate(position)
+        query = draw_query(
+            self._vocabularies[number],
+            self.class_frequency[number],
+            self._config.queries,
+            self._rng(position, _QUERY),
+        )
+        corpus, source = self._corpora[number], self._sources[number]
+        order_seed = mix64(self._seed, _ORDER, number, epoch)
+        corrupt: list[str] = []
+        for attempt in range(min(len(corpus), self._config.max_corrupt + 1)):
+            place = permuted_index((index + attempt) % len(corpus), len(corpus), order_seed)
+            try:
+                crop = source.crop(place, query.label_map, self._rng(position, _CROP))
+            except CorruptSampleError as error:
+                _log.debug("replacing %s", error)
+                corrupt.append(f"{corpus.name}/{error.key}: {error}")
+            else:
+                return TrainingSample(
+                    position, f"{corpus.name}/{crop.key}", crop.image, crop.labels, query, tuple(corrupt)
+                )
+        raise DigSegError(
+            f"{len(corrupt)} samples in a row cannot be read, the last was {corrupt[-1]}; "
+            "run data_prep/shard.py again to mend the shards"
+        )
+
+    def _rng(self, position: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, position, stream])
