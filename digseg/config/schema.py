@@ -103,7 +103,7 @@ class CorpusSplit(Section):
 class MixtureEntry(CorpusSplit):
     """A split that is trained on."""
 
-    weight: Annotated[float, Field(gt=0)] = 1.0  # share of the mixture, relative to the others'
+    weight: Annotated[float, Field(gt=0)] | None = None  # share of the mixture, relative to the others'; None: 1
     short_side: Positive | None = None  # px; None: data.short_side. Also the size its images are evaluated at
 
 
@@ -132,6 +132,10 @@ class DataConfig(Section):
 
     root: Location = "outputs/shards"
     corpora: Annotated[list[MixtureEntry], Field(min_length=1)]
+    # Instead of weights: a corpus of n samples weighs n^(1/temperature); 1 mixes by size, a large one evenly.
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    # Samples are shuffled through so many shards at a time: fewer are faster to fetch, more mix better.
+    shuffle_window: Positive = 16  # shards
     crop_size: Positive = 128  # px
     short_side: Positive = 256  # px; images are resized so that their shorter side has this length ...
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 1.5)  # ... times this
@@ -152,6 +156,11 @@ class DataConfig(Section):
             if (corpus.name, corpus.split) in seen:
                 raise ValueError(
                     f"corpora: {corpus.name}/{corpus.split} is listed twice; give it one entry with the weights added"
+                )
+            if self.temperature is not None and corpus.weight is not None:
+                raise ValueError(
+                    f"temperature is {self.temperature:g} and {corpus.name}/{corpus.split} has weight "
+                    f"{corpus.weight:g}: a mixture follows one or the other; drop temperature or all weights"
                 )
             seen.add((corpus.name, corpus.split))
         return self

@@ -6,6 +6,7 @@ import bisect
 import itertools
 import json
 import zlib
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from digseg.data.format import (
     split_path,
 )
 from digseg.data.index import ShardIndex
+from digseg.data.order import WindowedOrder
 from digseg.data.storage import Storage
 from digseg.errors import DigSegError
 
@@ -73,19 +75,21 @@ class Sample:
 class ShardedCorpus:
     """A split of a corpus as a sequence of samples, numbered through its shards.
 
-    Opening reads the manifest only; a shard's index is read when a sample of it is first asked for.
+    Opening reads the manifest only; a shard's index is read when a sample of it is first asked for. The
+    ``open_indexes`` that were used last stay in memory, whatever the size of the corpus.
 
     Raises:
         DigSegError: no such split, a damaged manifest, or (local roots) shard files that are missing or cut
             off.
     """
 
-    def __init__(self, root: str | Path, corpus: str, split: str) -> None:
+    def __init__(self, root: str | Path, corpus: str, split: str, open_indexes: int = 64) -> None:
         self.manifest: Manifest = load_manifest(root, corpus, split)
         self._storage = Storage(root)
         self._folder = split_path(corpus, split)
         self._first = list(itertools.accumulate((s.samples for s in self.manifest.shards), initial=0))
-        self._indexes: dict[int, ShardIndex] = {}
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._open_indexes = open_indexes
         if self._storage.is_local:
             self._check_sizes()
 
@@ -96,6 +100,14 @@ class ShardedCorpus:
     def name(self) -> str:
         """``corpus/split``, as samples and messages name it."""
         return f"{self.manifest.corpus}/{self.manifest.split}"
+
+    def shuffled(self, window: int) -> WindowedOrder:
+        """An order of the samples that goes through ``window`` shards at a time.
+
+        Shards of unequal sizes are cut where shards of the largest size would be, so that a window may touch a few
+        more than that.
+        """
+        return WindowedOrder(len(self), max(shard.samples for shard in self.manifest.shards), window)
 
     def stored(self, index: int) -> StoredSample:
         """The undecoded bytes of sample ``index``, with one ranged read.
@@ -156,6 +168,9 @@ class ShardedCorpus:
                     f"{entry.samples}; run data_prep/shard.py again to mend it"
                 )
             self._indexes[shard] = ShardIndex(entries)
+            if len(self._indexes) > self._open_indexes:
+                self._indexes.popitem(last=False)
+        self._indexes.move_to_end(shard)
         return self._indexes[shard]
 
     def _check_sizes(self) -> None:

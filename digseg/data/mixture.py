@@ -9,13 +9,60 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
+from digseg.data.order import Window, WindowedOrder, mix64
 from digseg.errors import DigSegError
 
 MIN_PERIOD = 256
 MAX_PERIOD = 65_536
+_ORDER = 0  # stream of the run's seed
+
+
+class Place(NamedTuple):
+    """A sample of a corpus of the mixture, and the epoch (of that corpus) in which it comes."""
+
+    corpus: int
+    epoch: int
+    sample: int
+
+
+class GlobalOrder:
+    """The sample at every global position >= 0 of a run, a pure function of (seed, position).
+
+    Args:
+        corpora: how each corpus is shuffled.
+        weights: of the corpora, see :class:`Mixture`.
+    """
+
+    def __init__(self, corpora: Sequence[WindowedOrder], weights: Sequence[float], seed: int) -> None:
+        self._corpora, self._seed = tuple(corpora), seed
+        self.mixture = Mixture([corpus.samples for corpus in corpora], weights, seed)
+
+    def corpus_at(self, position: int) -> int:
+        """The corpus that a position belongs to; a replacement is of the same."""
+        return self.mixture.locate(position)[0]
+
+    def locate(self, position: int, attempt: int = 0) -> Place:
+        """What lies at a position. ``attempt`` n is the n-th replacement: the sample n places on in the epoch."""
+        corpus, epoch, index = self.mixture.locate(position)
+        order = self._corpora[corpus]
+        return Place(corpus, epoch, order.sample((index + attempt) % order.samples, self._epoch_seed(corpus, epoch)))
+
+    def window_at(self, corpus: int, nth: int) -> Window:
+        """The window of a corpus that its ``nth`` sample (counted from the start of the run) is drawn from."""
+        epoch, index = divmod(nth, self._corpora[corpus].samples)
+        return self._corpora[corpus].window_at(index, self._epoch_seed(corpus, epoch))
+
+    def _epoch_seed(self, corpus: int, epoch: int) -> int:
+        return mix64(self._seed, _ORDER, corpus, epoch)
+
+
+def temperature_weights(sizes: Sequence[int], temperature: float) -> list[float]:
+    """Weights n_i^(1/T) of corpora of n_i samples: T = 1 mixes by size, a large T evenly."""
+    return [size ** (1 / temperature) for size in sizes]
 
 
 class Mixture:

@@ -7,6 +7,7 @@ after which other.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,7 @@ import numpy.typing as npt
 from digseg.config.schema import DataConfig
 from digseg.data.corpus import CorruptSampleError, ShardedCorpus
 from digseg.data.images import DecodedCache, ImageSource
-from digseg.data.mixture import Mixture
-from digseg.data.order import mix64, permuted_index
+from digseg.data.mixture import GlobalOrder, temperature_weights
 from digseg.data.queries import Query, class_frequencies, draw_query, name_table, query_vocabulary
 from digseg.data.transforms import TransformSettings
 from digseg.errors import DigSegError
@@ -24,7 +24,7 @@ from digseg.errors import DigSegError
 _log = logging.getLogger(__name__)
 
 # Independent random streams of one position: the query must not change with the image's size.
-_ORDER, _QUERY, _CROP = range(3)
+_QUERY, _CROP = 1, 2
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,17 @@ class TrainingData:
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         self._config, self._seed = config, seed
-        self._corpora = [ShardedCorpus(config.root, entry.name, entry.split) for entry in config.corpora]
+        window = config.shuffle_window
+        self._corpora = [
+            # A window may touch twice its number of shards, and a reader is in two windows at a time.
+            ShardedCorpus(config.root, entry.name, entry.split, open_indexes=4 * window)
+            for entry in config.corpora
+        ]
         self.manifests = tuple(corpus.manifest for corpus in self._corpora)
         self.names = name_table(self.manifests)
         self.class_frequency = tuple(class_frequencies(manifest) for manifest in self.manifests)
-        self.mixture = Mixture(
-            [len(corpus) for corpus in self._corpora], [entry.weight for entry in config.corpora], seed
-        )
+        orders = [corpus.shuffled(window) for corpus in self._corpora]
+        self.order = GlobalOrder(orders, _weights(config, self._corpora), seed)
         self._vocabularies = [query_vocabulary(m, self.manifests, self.names) for m in self.manifests]
         cache = DecodedCache(config.decoded_cache_mb << 20)
         self._sources = [
@@ -74,7 +78,7 @@ class TrainingData:
             DigSegError: more than ``data.max_corrupt`` samples in a row cannot be read, or none of the
                 corpus.
         """
-        number, epoch, index = self.mixture.locate(position)
+        number = self.order.corpus_at(position)
         query = draw_query(
             self._vocabularies[number],
             self.class_frequency[number],
@@ -82,12 +86,11 @@ class TrainingData:
             self._rng(position, _QUERY),
         )
         corpus, source = self._corpora[number], self._sources[number]
-        order_seed = mix64(self._seed, _ORDER, number, epoch)
         corrupt: list[str] = []
         for attempt in range(min(len(corpus), self._config.max_corrupt + 1)):
-            place = permuted_index((index + attempt) % len(corpus), len(corpus), order_seed)
+            place = self.order.locate(position, attempt)
             try:
-                crop = source.crop(place, query.label_map, self._rng(position, _CROP))
+                crop = source.crop(place.sample, query.label_map, self._rng(position, _CROP))
             except CorruptSampleError as error:
                 _log.debug("replacing %s", error)
                 corrupt.append(f"{corpus.name}/{error.key}: {error}")
@@ -102,3 +105,9 @@ class TrainingData:
 
     def _rng(self, position: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, position, stream])
+
+
+def _weights(config: DataConfig, corpora: Sequence[ShardedCorpus]) -> list[float]:
+    if config.temperature is not None:
+        return temperature_weights([len(corpus) for corpus in corpora], config.temperature)
+    return [1.0 if entry.weight is None else entry.weight for entry in config.corpora]

@@ -74,6 +74,8 @@ def test_extending_in_a_circle_is_refused(tmp_path: Path) -> None:
         ("training.micro_batch_size=3", r"micro_batch_size \(3\) does not divide the 4 samples"),
         ("data.crop_size=100", r"data.crop_size \(100\) must be a multiple of 32"),
         ("data.scale=[2, 1]", r"data: scale: got \[2.0, 1.0\]; the first bound must not exceed"),
+        ("data.temperature=0", r"data.temperature: got 0; .*greater than 0"),
+        ("data.shuffle_window=0", r"data.shuffle_window: got 0; .*greater than 0"),
         ("model.autoencoder.type=kl", "model.autoencoder: type kl needs path"),
         ("model.autoencoder.path=x", "type shuffle has no weights"),
         ("model.unet.attention=[true]", "attention has 1 entries, block_out_channels 4"),
@@ -87,6 +89,12 @@ def test_extending_in_a_circle_is_refused(tmp_path: Path) -> None:
 def test_wrong_settings_say_which_key_what_and_what_is_allowed(minimal: Path, override: str, message: str) -> None:
     with pytest.raises(DigSegError, match=message):
         load_config(minimal, [override])
+
+
+def test_weights_and_temperature_exclude_each_other(minimal: Path) -> None:
+    assert load_config(minimal, ["data.temperature=3"]).data.temperature == 3
+    with pytest.raises(DigSegError, match=r"temperature is 3 and .*/train has weight 2: .*drop temperature or all"):
+        load_config(minimal, ["data.temperature=3", "data.corpora.0.weight=2"])
 
 
 def test_missing_files_and_wrong_yaml_are_named(tmp_path: Path) -> None:

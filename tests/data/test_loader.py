@@ -1,3 +1,4 @@
+import itertools
 import logging
 import pickle
 from pathlib import Path
@@ -119,6 +120,21 @@ def test_mixture_weights_decide_the_share_of_each_corpus(root: Path) -> None:
     data = TrainingData(config(root).data, seed=0)
     keys = [data.sample(position).key for position in range(90)]
     assert abs(sum(key.startswith("shore") for key in keys) - 60) <= 2
+
+
+def test_temperature_takes_the_place_of_weights(root: Path) -> None:
+    run = data_config(root, [{"name": "shore"}, {"name": "cells"}], temperature=1.0)
+    data = TrainingData(run.data, seed=0)
+    keys = [data.sample(position).key for position in range(data.order.mixture.period)]
+    assert sum(key.startswith("shore") for key in keys) * 17 == 10 * len(keys)
+
+
+def test_window_decides_how_many_shards_are_touched_at_a_time(root: Path) -> None:
+    run = data_config(root, [{"name": "shore"}], shuffle_window=1)
+    data = TrainingData(run.data, seed=0)
+    numbers = [int(data.sample(position).key[-3:]) // 4 for position in range(10)]
+    assert sorted(numbers) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert len([1 for one, other in itertools.pairwise(numbers) if one != other]) == 2
 
 
 def test_loading_leaves_the_global_random_state_alone(root: Path) -> None:

@@ -1,10 +1,11 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from digseg.data.mixture import Mixture, whole_proportions
+from digseg.data.mixture import GlobalOrder, Mixture, temperature_weights, whole_proportions
+from digseg.data.order import WindowedOrder
 from digseg.errors import DigSegError
 
 corpora = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), min_size=1, max_size=6)
@@ -69,3 +70,47 @@ def test_weight_that_is_not_positive_is_refused(weight: float) -> None:
 def test_empty_corpus_is_refused() -> None:
     with pytest.raises(DigSegError, match="corpus 1 of the mixture has no samples"):
         Mixture([3, 0], [1.0, 1.0], 0)
+
+
+@settings(max_examples=30)
+@given(corpora=corpora, seed=st.integers(0, 2**32), block=st.integers(1, 9), window=st.integers(1, 3))
+def test_every_epoch_of_every_corpus_holds_each_sample_once(
+    corpora: list[tuple[int, int]], seed: int, block: int, window: int
+) -> None:
+    sizes, weights = zip(*corpora, strict=True)
+    order = GlobalOrder([WindowedOrder(size, block, window) for size in sizes], weights, seed)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for position in range(2 * order.mixture.period):
+        place = order.locate(position)
+        assert place.corpus == order.corpus_at(position)
+        seen.setdefault((place.corpus, place.epoch), []).append(place.sample)
+    for (corpus, epoch), samples in seen.items():
+        assert len(set(samples)) == len(samples)
+        if (corpus, epoch + 1) in seen:
+            assert sorted(samples) == list(range(sizes[corpus]))
+
+
+def test_replacements_are_the_next_samples_of_the_epoch() -> None:
+    order = GlobalOrder([WindowedOrder(20, 5, 2)], [1.0], seed=4)
+    epoch = [order.locate(position).sample for position in range(20)]
+    assert [order.locate(17, attempt).sample for attempt in range(5)] == [*epoch[17:], *epoch[:2]]
+    assert {order.locate(17, attempt).epoch for attempt in range(5)} == {0}
+
+
+def test_windows_follow_the_samples_of_a_corpus_over_epochs() -> None:
+    order = GlobalOrder([WindowedOrder(20, 5, 2)], [1.0], seed=4)
+    for position in range(60):
+        window = order.window_at(0, position)
+        assert any(order.locate(position).sample in block for block in window.blocks)
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1, [100, 400, 2500]), (2, [10, 20, 50]), (1e9, [1, 1, 1])])
+def test_temperature_goes_from_sizes_to_even_weights(temperature: float, expected: list[float]) -> None:
+    assert temperature_weights([100, 400, 2500], temperature) == pytest.approx(expected)
+
+
+def test_temperature_decides_the_exact_proportions() -> None:
+    sizes = [100, 400, 2500]
+    mixture = Mixture(sizes, temperature_weights(sizes, 2), 0)
+    counts = Counter(mixture.locate(position)[0] for position in range(mixture.period))
+    assert [counts[i] * 8 for i in range(3)] == [mixture.period, 2 * mixture.period, 5 * mixture.period]

@@ -76,6 +76,12 @@ def test_sample_is_one_ranged_read(root: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(reads) == 1
 
 
+def test_only_so_many_indexes_stay_in_memory(root: Path) -> None:
+    corpus = ShardedCorpus(root, "shore", "train", open_indexes=2)
+    assert [corpus.key(number) for number in (9, 0, 5, 9, 1)] == ["k009", "k000", "k005", "k009", "k001"]
+    assert list(corpus._indexes) == [2, 0]
+
+
 def test_manifest_counts_what_the_masks_hold(root: Path) -> None:
     manifest = load_manifest(root, "shore", "train")
     masks = np.concatenate([mask.reshape(-1) for _, mask in SAMPLES.values()])
