@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from data_prep.corpora import BadSample, Corpus, SampleRef
@@ -95,12 +96,16 @@ def make_shard(job: ShardJob) -> ShardResult:
 def source_sha256(corpus: Corpus, refs: Sequence[SampleRef]) -> str:
     """Digest over everything a shard is made from: label rules, keys, and the bytes of all source files."""
     digest = hashlib.sha256(f"{FORMAT_VERSION}{corpus.spec.model_dump_json()}".encode())
+    file_digest = cache(_file_digest)  # the tiles of an image share its file
     for ref in refs:
         digest.update(json.dumps([ref.key, ref.problem]).encode())
         for path in (ref.image, *_masks(ref)):
-            content = path.read_bytes() if path.is_file() else b"missing"
-            digest.update(hashlib.sha256(content).digest())
+            digest.update(file_digest(path))
     return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"missing").digest()
 
 
 def _present(storage: Storage, job: ShardJob, source: str) -> ShardResult | None:
@@ -126,11 +131,9 @@ def _tar_intact(storage: Storage, path: str, header: ShardHeader) -> bool:
 def _encoded(job: ShardJob, statistics: list[Statistics], rejected: list[Rejected]) -> Iterator[EncodedSample]:
     """Intact samples of a job in order; ``statistics`` and ``rejected`` grow as they are read."""
     num_classes = len(job.corpus.vocabulary)
-    for ref in job.refs:
-        try:
-            content = job.corpus.read(ref)
-        except BadSample as error:
-            rejected.append(_rejected(job.corpus.root, ref, str(error)))
+    for ref, content in job.corpus.read_all(job.refs):
+        if isinstance(content, BadSample):
+            rejected.append(_rejected(job.corpus.root, ref, str(content)))
             continue
         statistics.append(Statistics.of_mask(content.mask, num_classes))
         verbatim = content.image_bytes is not None

@@ -1,4 +1,4 @@
-"""Every command of the README runs, as it stands there, in a copy of the project; overrides make the work small."""
+"""Every command of the README and of docs/ runs, as it stands there, in a copy; overrides make the work small."""
 
 from __future__ import annotations
 
@@ -76,6 +76,8 @@ def test_every_command_of_the_readme_runs(project: Path, environment: dict[str, 
     readme = (project / "README.md").read_text()
     listed = commands(readme)
     assert len(listed) >= 8
+    for document in sorted((project / "docs").glob("*.md")):
+        listed += commands(document.read_text())
     assert "make demo" in listed
     for command in listed:
         if command in NOT_HERE:

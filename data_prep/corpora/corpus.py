@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.corpora.description import CONFIGS, load_spec
-from data_prep.corpora.labels import BadSample, UInt8Array, read_image, read_mask
+from data_prep.corpora.labels import BadSample, Source, UInt8Array, image_pixels, mask_ids, open_source
 from data_prep.corpora.layout import SampleRef, list_samples
 from data_prep.corpora.spec import CorpusSpec
 from digseg.errors import DigSegError, nearest
@@ -72,7 +74,7 @@ class Corpus:
     @property
     def may_contain(self) -> tuple[str, ...]:
         """Foreign class names that may be visible in the images."""
-        return self.spec.may_contain
+        return tuple(name for name in self.spec.may_contain if name not in self.vocabulary)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -100,10 +102,33 @@ class Corpus:
         Raises:
             BadSample: with the reason why it cannot be used.
         """
-        if ref.problem is not None:
-            raise BadSample(ref.problem)
-        image, data, orientation = read_image(ref.image, self.spec)
-        masks = ref.mask if isinstance(ref.mask, tuple) else (ref.mask,)
-        mask = read_mask(masks, self.spec, image.shape[:2], orientation)
+        _, content = next(self.read_all([ref]))
+        if isinstance(content, BadSample):
+            raise content
+        return content
+
+    def read_all(self, refs: Iterable[SampleRef]) -> Iterator[tuple[SampleRef, SampleContent | BadSample]]:
+        """Read samples in turn; the reason stands in place of one that cannot be used.
+
+        Files are decoded once for all tiles of theirs that follow each other.
+        """
+        for (image, mask, problem), tiles in groupby(refs, key=lambda ref: (ref.image, ref.mask, ref.problem)):
+            try:
+                if problem is not None:
+                    raise BadSample(problem)
+                source = open_source(image, mask if isinstance(mask, tuple) else (mask,), self.spec)
+            except BadSample as error:
+                for ref in tiles:
+                    yield ref, error
+                continue
+            for ref in tiles:
+                yield ref, self._content(ref, source)
+
+    def _content(self, ref: SampleRef, source: Source) -> SampleContent | BadSample:
+        part = source if ref.box is None else source.cropped(ref.box)
+        try:
+            mask = mask_ids(part, self.spec)
+        except BadSample as error:
+            return error
         extension = "jpg" if ref.image.suffix.lower() in (".jpg", ".jpeg") else "png"
-        return SampleContent(image, mask, data, extension)
+        return SampleContent(image_pixels(part.image, self.spec), mask, part.image_bytes, extension)

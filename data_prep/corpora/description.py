@@ -20,8 +20,9 @@ _Model = TypeVar("_Model", bound=BaseModel)
 def load_spec(path: Path, root: Path) -> tuple[str, CorpusSpec]:
     """Name and description of the corpus that the YAML file ``path`` describes.
 
-    ``extends: other.yaml`` starts from another file beside it; mappings are merged, all else is replaced. A
-    file with ``described_by: classes.yaml`` takes the description from that file below ``root``.
+    ``extends: other.yaml`` starts from another file beside it; mappings are merged, all else is replaced, and so is
+    a mapping that names another kind of rule (``by``, ``reader``). A file with ``described_by: classes.yaml``
+    takes the description from that file below ``root``.
 
     Raises:
         DigSegError: naming the file and the field.
@@ -74,7 +75,7 @@ def _folder_description(classes: ClassesFile, root: Path) -> dict[str, Any]:
         splits = {
             "by": "list",
             "file": classes.splits,
-            "field": "name",
+            "entry": "{name}",
             "splits": names,
             "duplicates": names[-1],
         }
@@ -138,11 +139,16 @@ def _resolved(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merged(merged[key], value)
+        before = merged.get(key)
+        if isinstance(value, dict) and isinstance(before, dict) and not _of_another_kind(before, value):
+            merged[key] = _merged(before, value)
         else:
             merged[key] = value
     return merged
+
+
+def _of_another_kind(base: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+    return any(name in over and over[name] != base.get(name) for name in ("by", "reader"))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The typed description of a corpus (``configs/corpora/*.yaml``). Every field is explicit, without a default.
+"""The typed description of a corpus (``configs/corpora/*.yaml``). Every field of a label rule is explicit.
 
 ``0`` and ``255`` mean something else in nearly every corpus, so a description states its label rule in full
 and a reader never guesses.
@@ -7,8 +7,8 @@ and a reader never guesses.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable
-from typing import Annotated, Literal, Self
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, model_validator
 
@@ -19,6 +19,12 @@ IGNORE_ID = 255
 
 MAX_CLASSES = 255
 """Contiguous ids 0..254 fit an 8-bit mask beside :data:`IGNORE_ID`."""
+
+FIELD = r"\{\w+(?::[^{}]+)?\}"
+"""Expression of a field of a path pattern, ``{name}`` or ``{name:expression}``."""
+
+TILE_FIELD = "tile"
+"""The field that numbers the tiles of an image."""
 
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, strict=True)]
 Level = Annotated[StrictInt, Field(ge=0, le=65535)]
@@ -34,8 +40,9 @@ class _Part(BaseModel):
 class FilePatterns(_Part):
     """Where images and masks lie below the root.
 
-    ``{field}`` matches a part of one path segment and names it, ``*`` matches without a name, a final ``.*``
-    is any image suffix. An image and a mask belong together when all their fields agree.
+    ``{field}`` matches a part of one path segment and names it, ``{field:[0-9]+}`` only what the regular
+    expression allows (it may hold no braces and no slash); ``*`` matches without a name, a final ``.*`` is any
+    image suffix. An image and a mask belong together when all their fields agree.
     """
 
     images: Name
@@ -58,12 +65,17 @@ class FolderSplits(_Part):
 
 
 class EveryNthSplits(_Part):
-    """Positions 0, n, 2n, ... of the sorted keys are one split, all others the other."""
+    """Positions 0, n, 2n, ... of the sorted keys are one split, all others the other.
+
+    With ``field`` its sorted values are counted instead, so that what belongs together (the images of one
+    recording, say) stays in one split.
+    """
 
     by: Literal["every_nth"]
     n: Annotated[StrictInt, Field(ge=2)]
     nth: Name
     others: Name
+    field: Name | None = None
 
 
 class NumberSplits(_Part):
@@ -76,27 +88,47 @@ class NumberSplits(_Part):
     rest: Name
 
 
+class ValueSplits(_Part):
+    """The description itself lists the values of a field that make each split."""
+
+    by: Literal["value"]
+    field: Name
+    splits: Annotated[dict[Name, tuple[Name, ...]], Field(min_length=1)]
+
+
 class ListSplits(_Part):
     """A file names the samples: a YAML mapping of splits, or a text file a split (``{split}`` in its name).
 
-    An entry is compared with ``field``; folders and an image suffix on it are dropped, a YAML number is
-    compared as a number. A sample listed in several splits goes to ``duplicates``.
+    ``entry`` is what it says of a sample, built from the fields of the path patterns (``"{id}"``); folders and an
+    image suffix are dropped, a YAML number is compared as a number. A sample listed in several splits goes to
+    ``duplicates``.
     """
 
     by: Literal["list"]
     file: Name
-    field: Name
+    entry: Name
     splits: Annotated[tuple[Name, ...], Field(min_length=1)]
     duplicates: Name
 
 
-Splits = Annotated[FolderSplits | EveryNthSplits | NumberSplits | ListSplits, Field(discriminator="by")]
+Splits = Annotated[FolderSplits | EveryNthSplits | NumberSplits | ValueSplits | ListSplits, Field(discriminator="by")]
 
 
-class ValueLabel(_Part):
-    """Mask pixels are ids: ``grey`` levels, indices of a ``palette`` image, or either of them (``index``)."""
+class Tiles(_Part):
+    """Images too large to be one sample are cut into tiles, whose number is the field ``tile``, row by row from 0.
 
-    reader: Literal["grey", "palette", "index"]
+    ``whole``: tiles of ``size`` x ``size`` pixels from the top left; those that the right or lower edge cuts keep
+    their number and are left out. ``even``: as few tiles as hold all pixels, of nearly equal size, up to ``size``.
+    """
+
+    size: Annotated[StrictInt, Field(ge=64)]
+    grid: Literal["whole", "even"]
+
+
+class IdLabel(_Part):
+    """Mask pixels are ids."""
+
+    reader: str
     values: dict[Level, Name]
     ignore: tuple[Level, ...]
     other_values: Literal["bad_sample", "ignore"]
@@ -105,6 +137,19 @@ class ValueLabel(_Part):
 
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.values.values())
+
+
+class ValueLabel(IdLabel):
+    """Ids are ``grey`` levels, indices of a ``palette`` image, or either of them (``index``)."""
+
+    reader: Literal["grey", "palette", "index"]
+
+
+class MatlabLabel(IdLabel):
+    """Ids are the elements of a matrix in a MATLAB file (``.mat``, up to version 7.2)."""
+
+    reader: Literal["matlab"]
+    variable: Name
 
 
 class ColourLabel(_Part):
@@ -147,7 +192,7 @@ class InstanceLabel(_Part):
         return (self.foreground, self.background)
 
 
-Label = Annotated[ValueLabel | ColourLabel | BinaryLabel | InstanceLabel, Field(discriminator="reader")]
+Label = Annotated[ValueLabel | MatlabLabel | ColourLabel | BinaryLabel | InstanceLabel, Field(discriminator="reader")]
 
 
 class ExifRule(_Part):
@@ -164,20 +209,37 @@ class CorpusSpec(_Part):
     domain: Domain
     licence: Name
     vocabulary: Annotated[tuple[Name, ...], Field(min_length=1, max_length=MAX_CLASSES)]
-    """Class names as text queries; a class's id is its position."""
+    """Class names as text queries; a class's id is its position.
+
+    Where it is left out, it is the names that ``label.values`` or ``label.colours`` lists, in that order.
+    """
     may_contain: tuple[Name, ...]
-    """Foreign names that may be visible in the images, so never negatives."""
+    """Names of corpora of other domains that may be visible in the images, so never negatives.
+
+    Corpora may share a list: it may hold names of the vocabulary.
+    """
     key: Name
     """Sample key, built from the fields of the path patterns."""
     layout: Annotated[dict[Name, FilePatterns], Field(min_length=1)]
     splits: Splits
+    tiles: Tiles | None = None
     channel_order: Literal["rgb", "bgr"]
     exif: ExifRule
     label: Label
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_vocabulary(cls, document: Any) -> Any:
+        label = document.get("label")
+        if "vocabulary" in document or not isinstance(label, Mapping):
+            return document
+        by_value, by_name = label.get("values"), label.get("colours")
+        names = by_value.values() if isinstance(by_value, Mapping) else by_name
+        return document if names is None else {**document, "vocabulary": tuple(dict.fromkeys(map(str, names)))}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        _check_names(self.vocabulary, self.may_contain)
+        _check_vocabulary(self.vocabulary)
         _check_label(self.vocabulary, self.label)
         _check_layout(self)
         return self
@@ -190,33 +252,35 @@ class CorpusSpec(_Part):
             return (rule.others, rule.nth)
         if isinstance(rule, NumberSplits):
             return (rule.below, rule.rest)
-        return rule.splits
+        return tuple(rule.splits)
 
 
 def pattern_fields(pattern: str) -> list[str]:
-    """Names of the ``{field}`` parts of a pattern, in order, repeats included."""
-    return re.findall(r"\{(\w+)\}", pattern)
+    """Names of the fields of a pattern, in order, repeats included."""
+    return [field_name(part) for part in re.findall(FIELD, pattern)]
 
 
-def _check_names(vocabulary: tuple[str, ...], may_contain: tuple[str, ...]) -> None:
+def field_name(part: str) -> str:
+    """The name in ``{name}`` or ``{name:expression}``."""
+    return part[1:-1].partition(":")[0]
+
+
+def _check_vocabulary(vocabulary: tuple[str, ...]) -> None:
     repeated = _repeated(vocabulary)
     if repeated:
         raise ValueError(f"vocabulary names {repeated} twice")
-    both = sorted(set(vocabulary) & set(may_contain))
-    if both:
-        raise ValueError(f"may_contain lists {both}, which are of the vocabulary itself")
 
 
 def _check_label(vocabulary: tuple[str, ...], label: Label) -> None:
     named = label.class_names()
-    may_drop = isinstance(label, ValueLabel | ColourLabel) and label.dropped_classes == "ignore"
+    may_drop = isinstance(label, IdLabel | ColourLabel) and label.dropped_classes == "ignore"
     for name in named:
         if name not in vocabulary and not may_drop:
             raise ValueError(f"label names the class {name!r}, which the vocabulary lacks{nearest(name, vocabulary)}")
     silent = sorted(set(vocabulary) - set(named))
     if silent:
         raise ValueError(f"label gives no pixel value for {silent} of the vocabulary")
-    if isinstance(label, ValueLabel):
+    if isinstance(label, IdLabel):
         both = sorted(set(label.values) & set(label.ignore))
         if both:
             raise ValueError(f"label.ignore lists {both}, which label.values maps to a class")
@@ -231,15 +295,25 @@ def _check_layout(spec: CorpusSpec) -> None:
     if not isinstance(rule, FolderSplits) and len(spec.layout) != 1:
         raise ValueError(f"splits by {rule.by} need a layout with one entry, it has {sorted(spec.layout)}")
     for name, patterns in spec.layout.items():
-        fields = set(pattern_fields(patterns.images))
-        used = set(pattern_fields(spec.key))
-        if isinstance(rule, NumberSplits | ListSplits):
-            used.add(rule.field)
-        missing = sorted(used - fields)
+        fields = {*pattern_fields(patterns.images), *((TILE_FIELD,) if spec.tiles else ())}
+        missing = sorted({*pattern_fields(spec.key), *_split_fields(rule)} - fields)
         if missing:
             raise ValueError(f"key or splits use {missing}, which layout.{name}.images does not name")
     if isinstance(rule, ListSplits) and rule.duplicates not in rule.splits:
         raise ValueError(f"splits.duplicates is {rule.duplicates!r}, not one of {list(rule.splits)}")
+    if spec.tiles and TILE_FIELD not in pattern_fields(spec.key):
+        raise ValueError("key must name {tile}, to tell the tiles of an image apart")
+    if spec.tiles and isinstance(rule, EveryNthSplits) and rule.field in (None, TILE_FIELD):
+        raise ValueError("splits.field must name what the tiles of an image share, or they end up in both splits")
+    if spec.tiles and (spec.exif.image, spec.exif.mask) != ("ignore", "ignore"):
+        raise ValueError("tiles are cut from the pixels as stored: exif must be {image: ignore, mask: ignore}")
+
+
+def _split_fields(rule: Splits) -> list[str]:
+    if isinstance(rule, ListSplits):
+        return pattern_fields(rule.entry)
+    field = None if isinstance(rule, FolderSplits) else rule.field
+    return [] if field is None else [field]
 
 
 def _repeated(values: Iterable[Hashable]) -> Hashable | None:

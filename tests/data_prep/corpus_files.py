@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from data_prep.corpora import Corpus
+
 
 def save(path: Path, pixels: ArrayLike, mode: str | None = None, orientation: int | None = None) -> Path:
     """Write an image file; ``mode`` "1" or "P" converts, ``orientation`` sets the EXIF tag."""
@@ -31,6 +33,17 @@ def save(path: Path, pixels: ArrayLike, mode: str | None = None, orientation: in
 def photo(height: int = 4, width: int = 6, seed: int = 0) -> np.ndarray:
     """Random RGB pixels uint8 [H, W, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def ids(corpus: Corpus, split: str, key: str) -> list[list[int]]:
+    """The mask of one sample as nested lists."""
+    ref = next(ref for ref in corpus.list(split) if ref.key == key)
+    return [[int(value) for value in row] for row in corpus.read(ref).mask]
+
+
+def keys(corpus: Corpus, split: str) -> list[str]:
+    """The keys of a split, in order."""
+    return [ref.key for ref in corpus.list(split)]
 
 
 def truncate(path: Path) -> None:

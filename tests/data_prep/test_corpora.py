@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from corpus_files import photo, save
+from corpus_files import ids, keys, photo, save
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.corpora import Corpus, corpus_names, load_corpus
-
-
-def ids(corpus: Corpus, split: str, key: str) -> list[list[int]]:
-    """The mask of one sample as nested lists."""
-    ref = next(ref for ref in corpus.list(split) if ref.key == key)
-    return [[int(value) for value in row] for row in corpus.read(ref).mask]
+from data_prep.corpora import BadSample, Corpus, corpus_names, load_corpus
+from data_prep.corpora.labels import Source, open_source
+from data_prep.corpora.layout import tile_boxes
+from data_prep.corpora.spec import CorpusSpec, Tiles
 
 
 def test_cityscapes_maps_label_ids_and_leaves_the_void_ones_out(tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_dsb2018_unites_the_nuclei_and_reads_rgba(tmp_path: Path) -> None:
         save(tmp_path / f"stage1_train/{name}/masks/m2.png", [[0, 0, 0], [0, 255, 255]])
     corpus = load_corpus("dsb2018", tmp_path)
     assert ids(corpus, "train", "b") == [[1, 0, 0], [0, 1, 1]]
-    assert [ref.key for ref in corpus.list("val")] == ["a", "f"]  # every 5th of the sorted ids
-    assert [ref.key for ref in corpus.list("train")] == ["b", "c", "d", "e"]
+    assert keys(corpus, "val") == ["a", "f"]  # every 5th of the sorted ids
+    assert keys(corpus, "train") == ["b", "c", "d", "e"]
     content = corpus.read(corpus.list("val")[0])
     assert np.array_equal(content.image, rgba[..., :3])
     assert content.image_bytes is None  # a shard holds RGB, not RGBA
@@ -60,7 +60,7 @@ def test_loveda_shifts_ids_by_one_and_ignores_no_data(tmp_path: Path) -> None:
         save(tmp_path / f"Train/{area}/images_png/1.png", photo(2, 4))
         save(tmp_path / f"Train/{area}/masks_png/1.png", [[0, 1, 2, 3], [4, 5, 6, 7]])
     corpus = load_corpus("loveda", tmp_path)
-    assert [ref.key for ref in corpus.list("train")] == ["Rural-1", "Urban-1"]
+    assert keys(corpus, "train") == ["Rural-1", "Urban-1"]
     assert ids(corpus, "train", "Urban-1") == [[255, 0, 1, 2], [3, 4, 5, 6]]
     assert corpus.vocabulary[3] == "water"
 
@@ -88,7 +88,7 @@ def test_isic_reads_white_as_lesion_and_holds_back_every_fifth(tmp_path: Path) -
         save(mask, [[0, 255, 255]])
     corpus = load_corpus("isic2017_lesion", tmp_path)
     assert ids(corpus, "train", "ISIC_1") == [[0, 1, 1]]
-    assert [ref.key for ref in corpus.list("val")] == ["ISIC_0", "ISIC_5"]
+    assert keys(corpus, "val") == ["ISIC_0", "ISIC_5"]
 
 
 def test_isbi_em_is_inverted_and_split_by_slice_number(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_cwfid_reads_colours_and_counts_a_doubly_listed_image_as_test(tmp_path: 
     (tmp_path / "train_test_split.yaml").write_text("train: [2, 28]\ntest: [1, 28]\n")
     corpus = load_corpus("cwfid", tmp_path)
     assert ids(corpus, "train", "002") == [[0, 1, 2]]
-    assert [ref.key for ref in corpus.list("train")] == ["002"]
-    assert [ref.key for ref in corpus.list("test")] == ["001", "028"]
+    assert keys(corpus, "train") == ["002"]
+    assert keys(corpus, "test") == ["001", "028"]
 
 
 def write_folder(root: Path, names: list[str], below: str = "") -> None:
@@ -142,7 +142,7 @@ def test_folder_needs_only_images_masks_and_classes(tmp_path: Path) -> None:
     assert corpus.vocabulary == ("soil", "crop", "weed")
     assert (corpus.name, corpus.domain, corpus.licence) == ("folder", "agriculture", "CC0-1.0")
     assert ids(corpus, "train", "x1") == [[0, 1], [2, 255]]
-    assert [ref.key for ref in corpus.list("val")] == ["x0", "x5"]
+    assert keys(corpus, "val") == ["x0", "x5"]
 
 
 def test_folder_takes_splits_from_sub_folders(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_folder_takes_splits_from_sub_folders(tmp_path: Path) -> None:
     describe(tmp_path, name="my_fields")
     corpus = load_corpus("folder", tmp_path)
     assert corpus.name == "my_fields"
-    assert {split: [ref.key for ref in corpus.list(split)] for split in corpus.splits} == {
+    assert {split: keys(corpus, split) for split in corpus.splits} == {
         "holdout": ["c"],
         "train": ["a", "b"],
     }
@@ -162,8 +162,8 @@ def test_folder_takes_splits_from_a_list_with_old_suffixes(tmp_path: Path) -> No
     (tmp_path / "splits.yaml").write_text("train: [a.png, images/c.v2.png, 7]\nval: [b]\n")
     describe(tmp_path, splits="splits.yaml")
     corpus = load_corpus("folder", tmp_path)
-    assert [ref.key for ref in corpus.list("train")] == ["007", "a", "c_v2"]
-    assert [ref.key for ref in corpus.list("val")] == ["b"]
+    assert keys(corpus, "train") == ["007", "a", "c_v2"]
+    assert keys(corpus, "val") == ["b"]
 
 
 def test_folder_maps_given_ids_to_names_and_joins_equal_names(tmp_path: Path) -> None:
@@ -279,6 +279,75 @@ def test_original_bytes_are_kept_where_any_reader_decodes_them_alike(tmp_path: P
     assert (content.image_bytes, content.image_ext) == (path.read_bytes(), "jpg")
 
 
+@given(width=st.integers(1, 2000), height=st.integers(1, 2000), size=st.integers(64, 1000))
+def test_even_tiles_hold_every_pixel_once_and_are_nearly_equal(width: int, height: int, size: int) -> None:
+    boxes = tile_boxes(width, height, Tiles(size=size, grid="even"))
+    covered = np.zeros((height, width), np.uint8)
+    for left, upper, right, lower in filter(None, boxes):
+        covered[upper:lower, left:right] += 1
+    assert (covered == 1).all()
+    sizes = [(right - left, lower - upper) for left, upper, right, lower in filter(None, boxes)]
+    assert len(boxes) == len(sizes) == math.ceil(width / size) * math.ceil(height / size)
+    for lengths in zip(*sizes, strict=True):
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_whole_tiles_keep_their_number_in_the_grid() -> None:
+    boxes = tile_boxes(200, 130, Tiles(size=64, grid="whole"))
+    assert [number for number, box in enumerate(boxes) if box is not None] == [0, 1, 2, 4, 5, 6]
+    assert boxes[5] == (64, 64, 128, 128)
+
+
+def test_neighbouring_tiles_are_cut_from_one_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / f"images/{name}.png", photo(100, 150, seed=ord(name)))
+        save(tmp_path / f"masks/{name}.png", np.arange(15000).reshape(100, 150) // 100 % 2)
+    label = {"reader": "grey", "values": {0: "soil", 1: "crop"}}
+    splits = {"by": "every_nth", "n": 2, "nth": "val", "others": "train", "field": "name"}
+    corpus = own_corpus(tmp_path, label=label, splits=splits, tiles={"size": 64, "grid": "even"}, key="{name}_{tile}")
+    refs = [*corpus.list("val"), *corpus.list("train")]
+    alone = [corpus.read(ref) for ref in refs]
+    decoded = []
+
+    def open_and_count(image: Path, masks: tuple[Path, ...], spec: CorpusSpec) -> Source:
+        decoded.append(image.name)
+        return open_source(image, masks, spec)
+
+    monkeypatch.setattr("data_prep.corpora.corpus.open_source", open_and_count)
+    for (ref, content), expected, listed in zip(corpus.read_all(refs), alone, refs, strict=True):
+        assert ref == listed
+        assert not isinstance(content, BadSample)
+        assert np.array_equal(content.mask, expected.mask)
+        assert np.array_equal(content.image, expected.image)
+    assert len(refs) == 12
+    assert len(decoded) == 2
+
+
+def test_grey_masks_stored_with_three_channels_are_read(tmp_path: Path) -> None:
+    save(tmp_path / "images/a.png", photo(1, 2))
+    save(tmp_path / "masks/a.png", [[[1, 1, 1], [0, 0, 0]]])
+    corpus = own_corpus(tmp_path, label={"reader": "grey", "values": {0: "soil", 1: "crop"}})
+    assert ids(corpus, "val", "a") == [[1, 0]]
+
+
+def test_a_list_of_values_makes_the_splits(tmp_path: Path) -> None:
+    for name in ("a1", "a2", "b1", "c1"):
+        save(tmp_path / f"images/{name}.png", photo(1, 2))
+        save(tmp_path / f"masks/{name}.png", [[0, 1]])
+    layout = {"all": {"images": "images/{site:[a-z]}{n}.*", "masks": "masks/{site:[a-z]}{n}.*"}}
+    splits = {"by": "value", "field": "site", "splits": {"train": ["a"], "val": ["b"]}}
+    label = {"reader": "grey", "values": {0: "soil", 1: "crop"}}
+    corpus = own_corpus(tmp_path, label=label, layout=layout, splits=splits, key="{site}{n}")
+    assert (keys(corpus, "train"), keys(corpus, "val")) == (["a1", "a2"], ["b1"])  # c is in neither
+
+
+def test_a_description_without_a_vocabulary_takes_the_names_of_its_label(tmp_path: Path) -> None:
+    document = own_description(label={"reader": "grey", "values": {7: "crop", 2: "soil", 9: "crop"}})
+    del document["vocabulary"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    assert load_corpus(str(tmp_path / "own.yaml"), tmp_path).vocabulary == ("crop", "soil")
+
+
 def test_bgr_images_come_out_as_rgb(tmp_path: Path) -> None:
     pixels = photo(1, 3)
     save(tmp_path / "images/a.png", pixels)
@@ -296,3 +365,9 @@ def test_every_description_is_valid(name: str, tmp_path: Path) -> None:
     assert corpus.name == name
     assert len(corpus.splits) >= 2
     assert corpus.licence
+
+
+def test_the_documentation_lists_every_public_corpus(repository: Path) -> None:
+    table = (repository / "docs/data.md").read_text()
+    public = [name for name in corpus_names() if not name.startswith("sample_") and name != "loveda_mini"]
+    assert [name for name in public if f"`{name}`" not in table and name != "folder"] == []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from corpus_files import photo, save, truncate
+from scipy.io import savemat
 
 from data_prep.corpora import BadSample, Corpus, SampleRef, load_corpus
 from digseg.errors import DigSegError
@@ -70,7 +72,10 @@ def test_class_id_outside_the_vocabulary(root: Path) -> None:
     wrong = LABELS.copy()
     wrong[3, 4], wrong[5, 6] = 9, 17
     save(root / "masks/train/b.png", wrong)
-    assert reason(root, "b") == "mask b.png has class id 9, 17, outside the vocabulary"
+    assert reason(root, "b") == (
+        "mask b.png has class id 9, 17, outside the vocabulary, first at row 3, column 4 of 2 pixels; "
+        "map it in label.values or label.ignore"
+    )
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -127,8 +132,60 @@ def test_unknown_colour(tmp_path: Path) -> None:
     save(tmp_path / "annotations/001_annotation.png", [[[0, 255, 0], [1, 2, 3]]])
     (tmp_path / "train_test_split.yaml").write_text("train: [1]\ntest: []\n")
     corpus = load_corpus("cwfid", tmp_path)
-    with pytest.raises(BadSample, match=r"colour \(1, 2, 3\), outside the vocabulary"):
+    with pytest.raises(BadSample) as caught:
         corpus.read(corpus.list("train")[0])
+    assert str(caught.value) == (
+        "mask 001_annotation.png has the colour (1, 2, 3), outside the vocabulary, first at row 0, column 1 of 1 "
+        "pixels; name it in label.colours or label.ignore, or set label.other_colours to ignore"
+    )
+
+
+def test_colour_mask_where_two_levels_are_read(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / f"Kvasir-SEG/images/{name}.jpg", photo(16, 16))
+        save(tmp_path / f"Kvasir-SEG/masks/{name}.jpg", np.full((16, 16, 3), (255, 0, 0)))
+    corpus = load_corpus("kvasir_seg", tmp_path)
+    with pytest.raises(BadSample, match=r"mask b\.jpg is of mode RGB, the label rule reads 1, L"):
+        corpus.read(corpus.list("train")[0])
+
+
+@pytest.mark.parametrize(
+    ("contents", "problem"),
+    [
+        (None, "is no MATLAB file that can be read"),
+        ({"T": np.zeros((1, 1))}, "has no variable 'S', but T"),
+        ({"S": np.zeros((1, 1, 3))}, "the variable 'S' is no matrix of ids 0..65535"),
+        ({"S": np.array([[0.5]])}, "the variable 'S' is no matrix of ids 0..65535"),
+        ({"S": np.array([[-1]])}, "the variable 'S' is no matrix of ids 0..65535"),
+        ({"S": np.array(["sky"])}, "the variable 'S' is no matrix of ids 0..65535"),
+        ({"S": np.zeros((2, 1))}, "is 1 x 2 pixels, the image 1 x 1"),
+    ],
+)
+def test_unreadable_matrix(tmp_path: Path, contents: dict[str, np.ndarray] | None, problem: str) -> None:
+    save(tmp_path / "images/x.jpg", photo(1, 1))
+    for folder in ("annotations", "imageLists"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "imageLists/train.txt").write_text("x")
+    (tmp_path / "imageLists/test.txt").write_text("")
+    if contents is None:
+        (tmp_path / "annotations/x.mat").write_bytes(b"not a matrix" * 20)
+    else:
+        savemat(tmp_path / "annotations/x.mat", contents)
+    corpus = load_corpus("coco_stuff10k_matlab", tmp_path)
+    with pytest.raises(BadSample, match=re.escape(problem)) as caught:
+        corpus.read(corpus.list("train")[0])
+    assert "mask x.mat" in str(caught.value)
+
+
+def test_large_image_that_cannot_be_opened_is_reported_once(tmp_path: Path) -> None:
+    save(tmp_path / "train/images/P1.png", photo(2, 2)).write_bytes(b"nothing")
+    save(tmp_path / "train/Semantic_masks/P1_instance_color_RGB.png", np.zeros((2, 2, 3)))
+    save(tmp_path / "train/images/P2.png", photo(70, 1000))
+    corpus = load_corpus("isaid", tmp_path)
+    broken, *without_mask = corpus.list("train")
+    with pytest.raises(BadSample, match=r"image P1\.png is no image file"):
+        corpus.read(broken)
+    assert {ref.problem for ref in without_mask} == {"no mask train/Semantic_masks/P2_instance_color_RGB.png"}
 
 
 def test_one_nucleus_of_another_size_is_named(tmp_path: Path) -> None:
@@ -203,13 +260,19 @@ def test_errors_in_classes_name_file_and_field(root: Path, fields: dict[str, obj
     [
         ("vocabulary: [soil, crop, wheat]\n", "label names the class 'weed', which the vocabulary lacks"),
         ("vocabulary: [soil, crop, weed, stone]\n", r"no pixel value for \['stone'\]"),
-        ("may_contain: [weed]\n", r"may_contain lists \['weed'\]"),
+        ("vocabulary: [soil, crop, weed, crop]\n", "vocabulary names crop twice"),
         ("label: {ignore: [0]}\n", r"label.ignore lists \[0\], which label.values maps"),
         ("label: {values: {0: soil, 1: 7}}\n", "field label.grey.values.1: Input should be a valid string"),
         ("splits: {by: number, field: k, bound: 3, below: a, rest: b}\n", "need a layout with one entry"),
         ("key: '{city}'\n", r"use \['city'\], which layout.train.images does not name"),
         ("layout: {val: {masks: 'val/{other}.png'}}\n", r"images name the fields \['name'\], masks \['other'\]"),
         ("chanel_order: rgb\n", "field chanel_order: unknown; did you mean 'channel_order'"),
+        ("tiles: {size: 512, grid: even}\n", "key must name {tile}"),
+        ("key: '{name}-{tile}'\n", r"use \['tile'\], which layout.train.images does not name"),
+        (
+            "tiles: {size: 512, grid: even}\nkey: '{name}-{tile}'\nexif: {image: apply}\n",
+            "tiles are cut from the pixels as stored",
+        ),
         ("extends: nothing.yaml\n", "field extends: .*nothing.yaml does not exist"),
         ("label: [\n", "not valid YAML"),
     ],
@@ -223,6 +286,13 @@ def test_errors_in_a_description_name_file_and_field(
     with pytest.raises(DigSegError, match=message) as caught:
         load_corpus(str(path), tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_tiles_of_one_image_in_both_splits_are_refused(tmp_path: Path, repository: Path) -> None:
+    base = (repository / "configs/corpora/deepglobe_land.yaml").as_posix()
+    (tmp_path / "cut.yaml").write_text(f"extends: {base}\ntiles: {{size: 512, grid: even}}\nkey: '{{id}}_{{tile}}'\n")
+    with pytest.raises(DigSegError, match=r"splits\.field must name what the tiles of an image share"):
+        load_corpus(str(tmp_path / "cut.yaml"), tmp_path)
 
 
 def test_description_that_extends_itself_is_refused(tmp_path: Path) -> None:
