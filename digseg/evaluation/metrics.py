@@ -1,7 +1,9 @@
-"""Segmentation metrics from a dataset-level confusion matrix.
+"""Segmentation metrics from dataset-level pixel counts.
 
 Everything is counted over the pixels of a whole dataset and divided once at the end, so the figures do not
-depend on how the dataset was cut into images, chunks or workers.
+depend on how the dataset was cut into images, chunks or workers. What most figures need of a confusion matrix are
+its *class totals* [K, 3]: of each class the pixels that are right, that the ground truth has, and that were
+predicted. The functions here take totals with any leading dimensions [..., K, 3] (resamples of a bootstrap).
 """
 
 from __future__ import annotations
@@ -10,6 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 IGNORE_ID = 255
+HITS, TRUTH, PREDICTED = range(3)  # columns of class totals
+
+Counts = NDArray[np.int64]
+Figures = NDArray[np.float64]
 
 
 class ConfusionMatrix:
@@ -18,9 +24,7 @@ class ConfusionMatrix:
     Matrices of disjoint parts of a dataset are added with `merge` (or `+`), in any order.
     """
 
-    def __init__(
-        self, num_classes: int, counts: NDArray[np.int64] | None = None, *, ignore_id: int = IGNORE_ID
-    ) -> None:
+    def __init__(self, num_classes: int, counts: Counts | None = None, *, ignore_id: int = IGNORE_ID) -> None:
         if num_classes < 1:
             raise ValueError(f"a confusion matrix needs at least one class, got {num_classes}")
         if counts is None:
@@ -61,21 +65,78 @@ class ConfusionMatrix:
         total.merge(other)
         return total
 
-    def iou(self) -> NDArray[np.float64]:
+    def totals(self) -> Counts:
+        """Class totals [num_classes, 3]."""
+        return np.stack([np.diag(self.counts), self.counts.sum(axis=1), self.counts.sum(axis=0)], axis=1)
+
+    def iou(self) -> Figures:
         """Intersection over union [num_classes]; nan for a class in neither ground truth nor prediction."""
-        intersection = np.diag(self.counts).astype(np.float64)
-        union = self.counts.sum(axis=0) + self.counts.sum(axis=1) - np.diag(self.counts)
-        iou = np.full(self.num_classes, np.nan)
-        np.divide(intersection, union, out=iou, where=union > 0)
-        return iou
+        return class_iou(self.totals())
 
     def mean_iou(self) -> float:
         """Mean IoU over the classes that occur in ground truth or prediction; nan if nothing was counted."""
-        iou = self.iou()
-        present = ~np.isnan(iou)
-        return float(iou[present].mean()) if present.any() else float("nan")
+        return float(mean_iou(self.totals()))
 
     def pixel_accuracy(self) -> float:
         """Share of the counted pixels that are right; nan if nothing was counted."""
-        total = self.counts.sum()
-        return float(np.trace(self.counts) / total) if total else float("nan")
+        return float(pixel_accuracy(self.totals()))
+
+
+def class_iou(totals: Counts) -> Figures:
+    """Intersection over union [..., K]; nan for a class in neither ground truth nor prediction."""
+    return _ratio(totals[..., HITS], totals[..., TRUTH] + totals[..., PREDICTED] - totals[..., HITS])
+
+
+def class_dice(totals: Counts) -> Figures:
+    """Dice coefficient (the F1 score of a class' pixels) [..., K]; nan as for the IoU."""
+    return _ratio(2 * totals[..., HITS], totals[..., TRUTH] + totals[..., PREDICTED])
+
+
+def class_accuracy(totals: Counts) -> Figures:
+    """Share of a class' pixels that were found (recall) [..., K]; nan for a class not in the ground truth."""
+    return _ratio(totals[..., HITS], totals[..., TRUTH])
+
+
+def mean_iou(totals: Counts) -> Figures:
+    """Mean IoU [...] over the classes that occur in ground truth or prediction; nan if nothing was counted."""
+    return mean_of_known(class_iou(totals))
+
+
+def mean_dice(totals: Counts) -> Figures:
+    """Mean Dice [...] over the classes that occur in ground truth or prediction; nan if nothing was counted."""
+    return mean_of_known(class_dice(totals))
+
+
+def mean_accuracy(totals: Counts) -> Figures:
+    """Mean accuracy [...] over the classes of the ground truth; nan if nothing was counted."""
+    return mean_of_known(class_accuracy(totals))
+
+
+def pixel_accuracy(totals: Counts) -> Figures:
+    """Share of the counted pixels that are right [...]; nan if nothing was counted."""
+    return _ratio(totals[..., HITS].sum(-1), totals[..., TRUTH].sum(-1))
+
+
+def frequency_weighted_iou(totals: Counts) -> Figures:
+    """IoU weighted with each class' share of the ground truth [...] (Long et al. 2015, section 5); nan if nothing
+    was counted."""
+    weights = _ratio(totals[..., TRUTH], totals[..., TRUTH].sum(-1, keepdims=True))
+    weighted = np.nansum(weights * class_iou(totals), axis=-1)
+    return np.where(totals[..., TRUTH].sum(-1) > 0, weighted, np.nan)
+
+
+def mean_of_known(values: Figures) -> Figures:
+    """Mean over the last axis, nan left out; nan where all are."""
+    return _ratio(np.nansum(values, axis=-1), (~np.isnan(values)).sum(-1))
+
+
+def harmonic_mean(first: float, second: float) -> float:
+    """Harmonic mean of two figures that are not negative; 0 if one is 0, nan if one is nan."""
+    return 2 * first * second / (first + second) if first + second != 0 else 0.0
+
+
+def _ratio(numerator: NDArray[np.number], denominator: NDArray[np.number]) -> Figures:
+    numerator, denominator = np.broadcast_arrays(numerator, denominator)
+    ratio = np.full(denominator.shape, np.nan)
+    np.divide(numerator, denominator, out=ratio, where=denominator > 0)
+    return ratio
