@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from digseg.cluster.evaluate import evaluate_model
+from digseg.cluster.evaluate import evaluate_models
 from digseg.cluster.runtime import ray_session
 from digseg.config import Config, CorpusSplit, base_directory, load_config
 from digseg.console import say
@@ -111,9 +111,10 @@ def _evaluated(config: Config, model: ModelRef) -> dict[str, Any]:
     wanted, root = config.evaluation, config.data.root
     seen = [(entry.name, entry.split) for entry in wanted.corpora]
     held_out = [(entry.name, entry.split) for entry in wanted.held_out]
-    evaluation = evaluate_model(directory, root, seen, synonyms=wanted.synonyms)
-    unseen = evaluate_model(directory, root, held_out)["corpora"] if held_out else {}
-    return {**evaluation, "held_out": unseen}
+    (evaluation,) = evaluate_models([directory], root, seen, synonyms=wanted.synonyms)
+    unseen = evaluate_models([directory], root, held_out)[0].result["corpora"] if held_out else {}
+    about = {"model": {**model.as_json(), "uri": model.uri}, "data": root}
+    return {**about, **evaluation.result, "held_out": unseen}
 
 
 def _version(model: ModelRef) -> int:

@@ -1,26 +1,31 @@
-"""Evaluate a registered (or exported) model on sharded corpora, as Ray tasks.
+"""Evaluate registered (or exported) models on sharded corpora, as Ray tasks.
 
     python launch/evaluate.py --model models:/digseg@challenger --data outputs/demo/shards
 
-Prints mIoU, pixel accuracy and the IoU of each class, and logs them to the MLflow run that trained the model.
+Prints the figures of each corpus with 95 % intervals and the IoU of each class, compares further models with the first,
+and logs each evaluation as a child of the MLflow run that trained the model. Counts are kept as they come: started
+again, it does only what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from digseg.config import Config, load_config
+from digseg.config import Config, Protocol, base_directory, load_config, load_section
 from digseg.config.schema import ClusterConfig
 from digseg.console import say
 from digseg.data.format import list_manifests
 from digseg.errors import DigSegError, nearest, run_main
+
+PROTOCOLS = Path(__file__).resolve().parent.parent / "configs" / "protocols"
+KEPT = "outputs/evaluations"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,36 +39,79 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise DigSegError("--data is missing: the folder of the shards (or a --config that names it as data.root)")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         raise DigSegError(f"--out {options.out}: there is no folder {options.out.absolute().parent}")
+    protocol = find_protocol(options.protocol)
     corpora = choose_splits(root, options.split, options.corpora)
     synonyms = _synonyms(options.synonyms, config, corpora)
 
     # Ray and MLflow take seconds to import: a command that is wrong should say so at once.
-    from digseg.cluster.evaluate import evaluate_model
+    from digseg.cluster.evaluate import evaluate_models
+    from digseg.evaluation.figures import compared
+    from digseg.evaluation.stored import StoredTallies
     from digseg.registry.models import resolve, set_alias, tag_evaluation
     from digseg.registry.store import default_tracking_uri, tracking_uri
     from digseg.registry.tracking import log_evaluation
 
     store = options.tracking_uri or (tracking_uri(config) if config else default_tracking_uri())
-    directory, reference = resolve(options.model, store)
-    if options.set_alias and reference.version is None:
-        raise DigSegError(f"--set-alias: {options.model} is a directory; only registered models have aliases")
-    cluster = config.cluster if config else ClusterConfig(workers=1)
-    result = evaluate_model(directory, root, corpora, synonyms, cluster=cluster, num_gpus=options.num_gpus)
-    result = {"model": {**reference.as_json(), "uri": reference.uri}, "data": str(root), **result}
+    models = [resolve(uri, store) for uri in options.model]
+    if options.set_alias and (len(models) > 1 or models[0][1].version is None):
+        raise DigSegError("--set-alias: name one registered model; a directory has no aliases")
+    evaluations = evaluate_models(
+        [directory for directory, _ in models],
+        root,
+        corpora,
+        protocol,
+        synonyms,
+        oracle=options.oracle,
+        kept=StoredTallies(base_directory() / options.kept),
+        cluster=config.cluster if config else ClusterConfig(workers=1),
+        num_gpus=options.num_gpus,
+    )
+    results = [
+        {"model": {**reference.as_json(), "uri": reference.uri}, "data": str(root), **evaluation.result}
+        for (_, reference), evaluation in zip(models, evaluations, strict=True)
+    ]
+    comparisons = [
+        {
+            "first": results[0]["model"]["uri"],
+            "second": result["model"]["uri"],
+            **compared(evaluations[0].tallies, evaluation.tallies),
+        }
+        for result, evaluation in zip(results[1:], evaluations[1:], strict=True)
+    ]
 
-    print_report(result)
+    for result in results:
+        print_report(result)
+    for comparison in comparisons:
+        print_comparison(comparison)
     if options.out is not None:
         partial = options.out.with_name(f".{options.out.name}.tmp")
-        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.write_text(json.dumps({"evaluations": results, "comparisons": comparisons}, indent=2) + "\n")
         partial.replace(options.out)
         say(f"written: {options.out}")
-    if reference.run_id is not None and reference.tracking_uri is not None and not options.no_log:
-        log_evaluation(reference.tracking_uri, reference.run_id, result)
-        tag_evaluation(reference, result)
-        say(f"logged to MLflow run {reference.run_id} in {reference.tracking_uri}")
+    for (_, reference), result in zip(models, results, strict=True):
+        if reference.run_id is not None and reference.tracking_uri is not None and not options.no_log:
+            child = log_evaluation(reference.tracking_uri, reference.run_id, result)
+            if not options.oracle:
+                tag_evaluation(reference, result)
+            say(f"logged to MLflow run {child}, a child of {reference.run_id}, in {reference.tracking_uri}")
+    reference = models[0][1]
     if options.set_alias and reference.version is not None:
         set_alias(reference.name, reference.version, options.set_alias, reference.tracking_uri)
         say(f"models:/{reference.name}@{options.set_alias} is version {reference.version} now")
+
+
+def find_protocol(name: str | None) -> Protocol:
+    """The protocol of a file, or of a name in `configs/protocols`; all corpora without a name.
+
+    Raises:
+        DigSegError: no such protocol, or a file that is not one.
+    """
+    if name is None:
+        return Protocol()
+    known = {path.stem: path for path in PROTOCOLS.glob("*.yaml")}
+    if name not in known and not Path(name).is_file():
+        raise DigSegError(f"--protocol: no file and no protocol {name!r}{nearest(name, known)}")
+    return load_section(known.get(name, Path(name)), Protocol)
 
 
 def choose_splits(root: str, split: str | None = None, corpora: Sequence[str] = ()) -> list[tuple[str, str]]:
@@ -94,30 +142,28 @@ def choose_splits(root: str, split: str | None = None, corpora: Sequence[str] = 
 def print_report(result: Mapping[str, Any]) -> None:
     """Tables of an evaluation: a line for each corpus, then each class, then other wordings."""
     console = Console()
-    summary = Table(title=f"{result['model']['uri']}: mean IoU {result['mean_iou']:.3f}", title_justify="left")
-    for column in ("corpus", "split"):
-        summary.add_column(column)
-    for column in ("images", "mIoU", "pixel accuracy"):
-        summary.add_column(column, justify="right")
-    classes = Table(title="IoU of each class", title_justify="left")
-    classes.add_column("corpus")
-    classes.add_column("class")
-    classes.add_column("IoU", justify="right")
+    oracle = " (ORACLE: told which classes each image holds)" if result["oracle"] else ""
+    title = f"{result['model']['uri']}: mean IoU {_figure(result['mean_iou'])} {_ends(result['interval'])}{oracle}"
+    summary = _table(title, ("corpus", "split"), tuple(_COLUMNS))
+    classes = _table("IoU of each class", ("corpus", "class"), ("IoU",))
     classes.add_column("")
     for name, corpus in result["corpora"].items():
-        figures = (_figure(corpus["miou"]), _figure(corpus["pixel_accuracy"]))
-        summary.add_row(name, corpus["split"], str(corpus["samples"]), *figures)
+        figures = [read(corpus) for read in _COLUMNS.values()]
+        summary.add_row(name, corpus["split"], *figures)
         for number, (label, iou) in enumerate(corpus["classes"].items()):
             last = number == len(corpus["classes"]) - 1
             bar = "#" * round(20 * (iou or 0))
             classes.add_row(name if number == 0 else "", label, _figure(iou), bar, end_section=last)
     console.print(summary)
     console.print(classes)
+    unseen = {name: corpus["seen_unseen"] for name, corpus in result["corpora"].items() if corpus["seen_unseen"]}
+    if unseen:
+        table = _table("mIoU of class names trained on, and not", ("corpus",), ("seen", "unseen", "harmonic mean"))
+        for name, figures in unseen.items():
+            table.add_row(name, *(_figure(figures[kind]) for kind in ("seen", "unseen", "harmonic_mean")))
+        console.print(table)
     if result["synonyms"]:
-        wordings = Table(title="IoU under other wordings", title_justify="left")
-        for column in ("corpus", "class", "asked as"):
-            wordings.add_column(column)
-        wordings.add_column("IoU", justify="right")
+        wordings = _table("IoU under other wordings", ("corpus", "class", "asked as"), ("IoU",))
         for name, labels in result["synonyms"].items():
             for label, others in labels.items():
                 wordings.add_row(name, label, label, _figure(result["corpora"][name]["classes"][label]))
@@ -126,11 +172,27 @@ def print_report(result: Mapping[str, Any]) -> None:
         console.print(wordings)
 
 
+def print_comparison(comparison: Mapping[str, Any]) -> None:
+    """The differences of two models, corpus by corpus."""
+    title = f"mIoU of {comparison['second']} minus that of {comparison['first']}"
+    table = _table(title, ("corpus",), ("difference", "95 % interval", "better in"))
+    for name, row in {**comparison["corpora"], "mean": comparison["mean"]}.items():
+        difference = "-" if row["difference"] is None else f"{row['difference']:+.3f}"
+        table.add_row(name, difference, _ends(row["interval"], sign="+"), f"{row['better']:.0%} of draws")
+    Console().print(table)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory")
+    parser.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory; may be repeated, to compare with the first",
+    )
     parser.add_argument("--data", help="the folder (or URL) of the shards; default: data.root of --config")
     parser.add_argument("--split", help="evaluate this split (default: every split but train)")
+    parser.add_argument("--protocol", help="a file, or a name in configs/protocols (default: all corpora)")
     parser.add_argument("--corpora", type=_names, default=[], help="only these, separated by commas")
     parser.add_argument("--config", help="a run's YAML: its cluster, tracking, shards and synonyms")
     parser.add_argument("--tracking-uri", help="MLflow store (default: $MLFLOW_TRACKING_URI, else the local one)")
@@ -141,7 +203,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CORPUS:CLASS=WORDING,...",
         help="also ask for a class in other words, such as 'camvid:car=automobile,vehicle'; may be repeated",
     )
+    parser.add_argument(
+        "--oracle", action="store_true", help="tell the model which classes each image holds; the result says so"
+    )
     parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--kept", default=KEPT, metavar="DIR", help=f"where counts are kept (default: {KEPT})")
     parser.add_argument("--set-alias", metavar="NAME", help="let this alias mean the evaluated version afterwards")
     parser.add_argument("--no-log", action="store_true", help="do not log to the model's MLflow run")
     parser.add_argument("--num-gpus", type=float, default=0, help="share of a GPU for each task (default: CPUs)")
@@ -169,6 +235,33 @@ def _synonyms(
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+# Columns of the table of corpora: title -> text from the corpus' figures.
+_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "images": lambda corpus: str(corpus["samples"]),
+    "mIoU": lambda corpus: f"{_figure(corpus['miou'])} {_ends(corpus['interval']['miou'])}",
+    "pixel acc.": lambda corpus: _figure(corpus["pixel_accuracy"]),
+    "mean acc.": lambda corpus: _figure(corpus["mean_accuracy"]),
+    "fw IoU": lambda corpus: _figure(corpus["frequency_weighted_iou"]),
+    "Dice": lambda corpus: _figure(corpus["mean_dice"]),
+    "boundary IoU": lambda corpus: _figure(corpus["boundary_iou"]),
+    "boundary F1": lambda corpus: _figure(corpus["boundary_f1"]),
+    "ECE": lambda corpus: _figure(corpus["calibration_error"]),
+}
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in texts:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _ends(interval: Sequence[float | None], sign: str = "") -> str:
+    return "[" + ", ".join("-" if end is None else f"{end:{sign}.3f}" for end in interval) + "]"
 
 
 def _figure(value: float | None) -> str:

@@ -1,118 +1,95 @@
-"""Evaluation as Ray tasks: chunks of each split are counted wherever there is room, and the counts are
-added."""
+"""Evaluation as Ray tasks: pieces of each shard are counted wherever there is room, and the counts are added."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 
 from digseg.cluster.runtime import ray_session
 from digseg.cluster.tasks import fan_out
+from digseg.config import Protocol
 from digseg.config.schema import ClusterConfig
+from digseg.console import say
 from digseg.data.corpus import ShardedCorpus
-from digseg.errors import DigSegError, nearest
-from digseg.evaluation.evaluate import corpus_result, count_samples, renamed
+from digseg.data.format import Manifest
+from digseg.errors import DigSegError
+from digseg.evaluation.evaluate import Question, count_samples
+from digseg.evaluation.figures import class_figure, corpus_figures, mean_figures
 from digseg.evaluation.inference import Predictor
-from digseg.evaluation.metrics import ConfusionMatrix
-from digseg.model.export import read_card
-from digseg.registry.lineage import directory_digest
+from digseg.evaluation.protocol import AskedSplit, ask
+from digseg.evaluation.stored import StoredTallies
+from digseg.evaluation.tally import Tally
+from digseg.model.export import ModelCard, read_card
+from digseg.registry.lineage import directory_digest, mapping_digest, source_digest
 
-_CHUNK = 8  # samples of a task
+_PIECE = 16  # samples of a task, at most: all of one shard
 
 
-def evaluate_model(
-    model_dir: Path,
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's evaluation: the figures (plain JSON values) and what they were made from."""
+
+    result: dict[str, Any]
+    tallies: dict[str, Tally]  # name of the corpus in `result` -> counts under the vocabulary's own wording
+    splits: dict[str, AskedSplit]
+
+
+def evaluate_models(
+    model_dirs: Sequence[Path],
     data_root: str | Path,
     corpora: Sequence[tuple[str, str]],
+    protocol: Protocol | None = None,
     synonyms: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     *,
+    oracle: bool = False,
+    kept: StoredTallies | None = None,
     cluster: ClusterConfig | None = None,
     num_gpus: float = 0,
-) -> dict[str, Any]:
-    """Evaluate an exported model on splits of sharded corpora, at original resolution with full vocabularies.
+) -> list[Evaluation]:
+    """Evaluate exported models on splits of sharded corpora, at original resolution with full vocabularies.
 
-    The counts are whole numbers added over all samples, so the result does not depend on the number of
-    workers. The model's files travel through Ray's object store: only the shards must be reachable from every
-    node.
+    The counts are whole numbers added over all samples, so the result does not depend on the number of workers. The
+    models' files travel through Ray's object store: only the shards must be reachable from every node.
 
     Args:
-        corpora: (corpus, split) pairs.
-        synonyms: corpus -> class -> wordings; the corpus is evaluated again with that one class renamed.
+        corpora: (corpus, split) pairs, of which the protocol may leave some out.
+        synonyms: wordings beside the protocol's: corpus -> class -> wordings; the corpus is evaluated again with that
+            one class renamed.
+        oracle: ask each image only for the classes that are in its ground truth; the result says so.
+        kept: where counts are kept as they come; what is there already is not done again.
         num_gpus: share of a GPU that each task gets; 0 predicts on CPUs.
 
     Returns:
-        `{"mean_iou", "corpora": {name: {"split", "miou", "pixel_accuracy", "samples", "digest", "classes":
-        {class: IoU}}}, "synonyms": {name: {class: {wording: IoU}}}}`. The name is `corpus/split` where
-        several splits of one corpus are evaluated. IoU is None for a class in neither ground truth nor
-        prediction; `mean_iou` is the mean of the corpora's mIoU.
+        For each model, as `result`: `{"protocol", "oracle", "mean_iou", "interval", "corpora": {name: see
+        digseg.evaluation.figures.corpus_figures}, "synonyms": {name: {class: {wording: IoU}}}}`. The name is
+        `corpus/split` where several splits of one corpus are evaluated. `mean_iou` is the mean of the corpora's mIoU.
 
     Raises:
-        DigSegError: nothing to evaluate, no such shards, damaged shards, no exported model in `model_dir`, or
-        a
+        DigSegError: nothing to evaluate, no such shards, damaged shards, no exported model in a directory, or a
             synonym of a class or corpus that is not there.
     """
     if not corpora:
         raise DigSegError("no corpus to evaluate was named")
-    read_card(model_dir)
-    splits = [_Split.opened(str(data_root), name, split, synonyms or {}) for name, split in corpora]
-    _check_synonyms(synonyms or {}, splits)
+    protocol = protocol or Protocol()
+    cards = [read_card(directory) for directory in model_dirs]
+    manifests = [ShardedCorpus(data_root, name, split).manifest for name, split in corpora]
+    splits = ask(protocol, manifests, cards, synonyms, oracle)
     with ray_session(cluster):
-        model = _Model(directory_digest(model_dir), ray.put(_packed(model_dir)))
-        chunks = [
-            _Chunk(model, number, split.root, split.corpus, split.split, start, split.wordings, num_gpus > 0)
-            for number, split in enumerate(splits)
-            for start in range(0, split.samples, _CHUNK)
-        ]
-        totals = [[ConfusionMatrix(split.num_classes) for _ in split.wordings] for split in splits]
-        counted = fan_out(_count, chunks, "evaluating", num_gpus=num_gpus, unit=f"chunks of {_CHUNK} images")
-        for chunk, matrices in zip(chunks, counted, strict=True):
-            for total, counts in zip(totals[chunk.number], matrices, strict=True):
-                total.merge(ConfusionMatrix(total.num_classes, counts))
-    return _report(splits, totals)
-
-
-@dataclass(frozen=True)
-class _Split:
-    root: str
-    corpus: str
-    split: str
-    samples: int
-    vocabulary: tuple[str, ...]
-    digest: str
-    # The vocabulary as it is, then once for each renamed class: ((class, wording), names).
-    renamings: tuple[tuple[str, str], ...]
-
-    @classmethod
-    def opened(cls, root: str, name: str, split: str, synonyms: Mapping[str, Mapping[str, Sequence[str]]]) -> _Split:
-        corpus = ShardedCorpus(root, name, split)
-        wordings = synonyms.get(name, {})
-        return cls(
-            root=root,
-            corpus=name,
-            split=split,
-            samples=len(corpus),
-            vocabulary=corpus.manifest.vocabulary,
-            digest=corpus.manifest.digest,
-            renamings=tuple((label, wording) for label, others in wordings.items() for wording in others),
-        )
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.vocabulary)
-
-    @property
-    def wordings(self) -> tuple[tuple[str, ...], ...]:
-        others = (tuple(renamed(self.vocabulary, label, wording)) for label, wording in self.renamings)
-        return (self.vocabulary, *others)
+        models = [_Model(directory_digest(path), ray.put(_packed(path))) for path in model_dirs]
+        pieces = list(_pieces(models, str(data_root), splits, num_gpus > 0))
+        tallies = {
+            place: Tally.joined((tally for _, tally in group), len(splits[place[1]].manifest.vocabulary))
+            for place, group in groupby(_counted(pieces, kept, num_gpus), key=lambda pair: pair[0].place)
+        }
+    return [_evaluation(protocol, oracle, splits, tallies, number, card) for number, card in enumerate(cards)]
 
 
 @dataclass(frozen=True)
@@ -124,32 +101,99 @@ class _Model:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """What one task counts: samples from `start` on, under each wording."""
+class _Piece:
+    """What a task counts: samples [start, stop) of a split, all of one shard, under one question to one model."""
 
+    place: tuple[int, int, int]  # number of the model, of the split, of the question
     model: _Model
-    number: int
+    question: Question
     root: str
     corpus: str
     split: str
     start: int
-    wordings: tuple[tuple[str, ...], ...]
+    stop: int
+    shard_sha256: str
     on_gpu: bool
 
+    def key(self, code: str) -> str:
+        """The digest of everything that decides the tally; `code` is that of the source."""
+        return mapping_digest(
+            {
+                "code": code,
+                "model": self.model.digest,
+                "corpus": self.corpus,  # decides the working size
+                "shard": self.shard_sha256,
+                "samples": [self.start, self.stop],
+                "names": list(self.question.names),
+                "oracle": self.question.oracle,
+                "device": "cuda" if self.on_gpu else "cpu",
+            }
+        )
 
-def _count(chunk: _Chunk) -> list[NDArray[np.int64]]:
-    predictor = _predictor(chunk.model, "cuda" if chunk.on_gpu and torch.cuda.is_available() else "cpu")
-    corpus = ShardedCorpus(chunk.root, chunk.corpus, chunk.split)
-    samples = range(chunk.start, min(chunk.start + _CHUNK, len(corpus)))
-    return [
-        matrix.counts
-        for matrix in count_samples(predictor.for_corpus(corpus.manifest.corpus), corpus, samples, chunk.wordings)
-    ]
+
+def _pieces(models: Sequence[_Model], root: str, splits: Sequence[AskedSplit], on_gpu: bool) -> Iterator[_Piece]:
+    """In the order of models first: a worker then changes its model as seldom as possible."""
+    for model_number, model in enumerate(models):
+        for split_number, asked in enumerate(splits):
+            for question_number, question in enumerate(asked.questions):
+                for start, stop, sha256 in _ranges(asked.manifest):
+                    yield _Piece(
+                        place=(model_number, split_number, question_number),
+                        model=model,
+                        question=question,
+                        root=root,
+                        corpus=asked.manifest.corpus,
+                        split=asked.manifest.split,
+                        start=start,
+                        stop=stop,
+                        shard_sha256=sha256,
+                        on_gpu=on_gpu,
+                    )
+
+
+def _ranges(manifest: Manifest) -> Iterator[tuple[int, int, str]]:
+    """(start, stop, sha256 of the shard) of the pieces of a split."""
+    first = 0
+    for shard in manifest.shards:
+        for start in range(first, first + shard.samples, _PIECE):
+            yield start, min(start + _PIECE, first + shard.samples), shard.sha256
+        first += shard.samples
+
+
+def _counted(pieces: Sequence[_Piece], kept: StoredTallies | None, num_gpus: float) -> Iterator[tuple[_Piece, Tally]]:
+    """Each piece, in order, with its tally: the kept one, or that of a task, which is kept as soon as it comes."""
+    code = source_digest("data", "evaluation", "model")
+    keys = {piece: piece.key(code) for piece in pieces}
+    missing = [piece for piece in pieces if kept is None or kept.get(keys[piece]) is None]
+    if len(missing) < len(pieces):
+        say(f"{len(pieces) - len(missing)} of {len(pieces)} pieces were counted before")
+    new = zip(missing, fan_out(_count, missing, "evaluating", num_gpus=num_gpus, unit="pieces"), strict=True)
+    waited_for = next(new, None)
+    for piece in pieces:
+        if waited_for is not None and waited_for[0] is piece:
+            tally = waited_for[1]
+            if kept is not None:
+                kept.put(keys[piece], tally)
+            waited_for = next(new, None)
+        else:
+            assert kept is not None  # otherwise it would be among the missing ones
+            before = kept.get(keys[piece])
+            if before is None:
+                raise DigSegError(f"{kept.folder}: results were removed while they were in use; start again")
+            tally = before
+        yield piece, tally
+
+
+def _count(piece: _Piece) -> Tally:
+    predictor = _predictor(piece.model, "cuda" if piece.on_gpu and torch.cuda.is_available() else "cpu")
+    corpus = ShardedCorpus(piece.root, piece.corpus, piece.split)
+    samples = range(piece.start, piece.stop)
+    return count_samples(predictor.for_corpus(piece.corpus), corpus, samples, piece.question)
 
 
 @lru_cache(maxsize=1)
 def _predictor(model: _Model, device: str) -> Predictor:
-    """The model, loaded once by a worker process, however many evaluations it serves."""
+    """The model, loaded once by a worker process, however many pieces it counts."""
     with tempfile.TemporaryDirectory(prefix="digseg-model-") as folder:
         for name, content in ray.get(model.files).items():
             path = Path(folder) / name
@@ -163,33 +207,24 @@ def _packed(model_dir: Path) -> dict[str, bytes]:
     return {path.relative_to(model_dir).as_posix(): path.read_bytes() for path in files}
 
 
-def _check_synonyms(synonyms: Mapping[str, Mapping[str, Sequence[str]]], splits: Sequence[_Split]) -> None:
-    names = {split.corpus for split in splits}
-    for corpus in synonyms:
-        if corpus not in names:
-            raise DigSegError(f"synonyms: corpus {corpus!r} is not among those evaluated{nearest(corpus, names)}")
-    for split in splits:
-        _ = split.wordings  # raises for a class that is not there
-
-
-def _report(splits: Sequence[_Split], totals: Sequence[Sequence[ConfusionMatrix]]) -> dict[str, Any]:
-    corpora: dict[str, Any] = {}
+def _evaluation(
+    protocol: Protocol,
+    oracle: bool,
+    splits: Sequence[AskedSplit],
+    tallies: Mapping[tuple[int, int, int], Tally],
+    model_number: int,
+    card: ModelCard,
+) -> Evaluation:
+    several = len({split.manifest.corpus for split in splits}) < len(splits)
+    named = {split.name if several else split.manifest.corpus: split for split in splits}
+    plain: dict[str, Tally] = {}
+    corpora: dict[str, dict[str, Any]] = {}
     synonyms: dict[str, dict[str, dict[str, float | None]]] = {}
-    several = len({split.corpus for split in splits}) < len(splits)
-    for split, (matrix, *renamed_matrices) in zip(splits, totals, strict=True):
-        name = f"{split.corpus}/{split.split}" if several else split.corpus
-        result = corpus_result(ShardedCorpus(split.root, split.corpus, split.split), matrix, split.samples)
-        corpora[name] = {
-            "split": split.split,
-            "miou": result.miou,
-            "pixel_accuracy": result.pixel_accuracy,
-            "samples": split.samples,
-            "digest": split.digest,
-            "classes": result.classes,
-        }
-        for (label, wording), other in zip(split.renamings, renamed_matrices, strict=True):
-            iou = other.iou()[split.vocabulary.index(label)]
-            wordings = synonyms.setdefault(name, {}).setdefault(label, {})
-            wordings[wording] = None if np.isnan(iou) else float(iou)
-    mean = float(np.mean([corpus["miou"] for corpus in corpora.values()]))
-    return {"mean_iou": mean, "corpora": corpora, "synonyms": synonyms}
+    for split_number, (name, split) in enumerate(named.items()):
+        plain[name] = tallies[model_number, split_number, 0]
+        corpora[name] = corpus_figures(split.manifest, plain[name], card.names)
+        for question_number, (label, wording) in enumerate(split.renamings, start=1):
+            tally, number = tallies[model_number, split_number, question_number], split.manifest.vocabulary.index(label)
+            synonyms.setdefault(name, {}).setdefault(label, {})[wording] = class_figure(tally, number)
+    result = {"protocol": protocol.name, "oracle": oracle, **mean_figures(plain, corpora)}
+    return Evaluation({**result, "corpora": corpora, "synonyms": synonyms}, plain, named)

@@ -1,6 +1,7 @@
 """The one typed configuration of a run."""
 
-from digseg.config.load import base_directory, dump_config, load_config
+from digseg.config.load import base_directory, dump_config, load_config, load_section
+from digseg.config.protocol import Protocol
 from digseg.config.schema import (
     AutoencoderConfig,
     ClusterConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "PathwayConfig",
     "PrepareConfig",
     "PrepareCorpus",
+    "Protocol",
     "QueriesConfig",
     "RunConfig",
     "SampleCorporaConfig",
@@ -46,4 +48,5 @@ __all__ = [
     "base_directory",
     "dump_config",
     "load_config",
+    "load_section",
 ]

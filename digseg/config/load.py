@@ -32,11 +32,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     overrides = [*shlex.split(os.environ.get("DIGSEG_OVERRIDES", "")), *overrides]
     for override in overrides:
         _apply_override(values, override)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise DigSegError(_describe(error, str(path), overrides)) from None
+    config = _validated(Config, values, str(path), overrides)
     return Config.model_validate(_with_absolute_locations(config).model_dump(mode="json"))
+
+
+def load_section(path: str | Path, kind: type[SectionT]) -> SectionT:
+    """A file that holds one section of its own: a protocol, a gate.
+
+    Raises:
+        DigSegError: as :func:`load_config` says.
+    """
+    return _validated(kind, _read_with_parents(Path(path), seen=()), str(path))
 
 
 def dump_config(config: Config) -> str:
@@ -139,19 +145,20 @@ def _with_absolute_locations(section: SectionT) -> SectionT:
     return section.model_copy(update=updates)
 
 
-def _describe(error: ValidationError, path: str, overrides: Sequence[str]) -> str:
-    source = path if not overrides else f"{path} with {' '.join(overrides)}"
-    lines = [f"{source}: the configuration is not valid"]
-    for problem in error.errors(include_url=False):
-        lines.append(f"  {_describe_one(problem)}")
-    return "\n".join(lines)
+def _validated(kind: type[SectionT], values: Mapping[str, Any], path: str, overrides: Sequence[str] = ()) -> SectionT:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        source = path if not overrides else f"{path} with {' '.join(overrides)}"
+        lines = [f"  {_describe_one(problem, kind)}" for problem in error.errors(include_url=False)]
+        raise DigSegError("\n".join([f"{source}: the configuration is not valid", *lines])) from None
 
 
-def _describe_one(problem: Mapping[str, Any]) -> str:
+def _describe_one(problem: Mapping[str, Any], kind: type[BaseModel]) -> str:
     location = tuple(problem["loc"])
     key = ".".join(str(part) for part in location) or "(whole file)"
     if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(str(location[-1]), _valid_keys(location[:-1]))}"
+        return f"{key}: unknown key{nearest(str(location[-1]), _valid_keys(kind, location[:-1]))}"
     if problem["type"] == "missing":
         return f"{key}: missing; it has no default"
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -160,9 +167,9 @@ def _describe_one(problem: Mapping[str, Any]) -> str:
     return f"{key}: got {problem['input']!r}; {message[:1].lower()}{message[1:]}"
 
 
-def _valid_keys(location: Sequence[str | int]) -> list[str]:
+def _valid_keys(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """Names of the fields of the section at ``location``; empty where it is no section."""
-    section: Any = Config
+    section: Any = kind
     for part in location:
         if isinstance(part, int):
             continue

@@ -1,18 +1,18 @@
-"""A model on a sharded split: predictions streamed into one confusion matrix."""
+"""A model on samples of a split: predictions at original resolution, streamed into tallies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from digseg.data.corpus import CorruptSampleError, ShardedCorpus
+from digseg.data.corpus import CorruptSampleError, Sample, ShardedCorpus
 from digseg.errors import DigSegError, nearest
 from digseg.evaluation.inference import Prediction
-from digseg.evaluation.metrics import ConfusionMatrix
+from digseg.evaluation.tally import Tally
 
 
 class Segments(Protocol):
@@ -22,79 +22,60 @@ class Segments(Protocol):
 
 
 @dataclass(frozen=True)
-class CorpusResult:
-    """Figures of one split. IoU is None for a class that occurs neither in ground truth nor prediction; the
-    mean leaves it out."""
+class Question:
+    """What is asked of the images of a split: all names of its vocabulary, in its order, in some wording.
 
-    name: str
-    split: str
-    miou: float
-    pixel_accuracy: float
-    classes: dict[str, float | None]
-    samples: int
-
-
-def evaluate_corpus(
-    predictor: Segments,
-    corpus: ShardedCorpus,
-    classes: Sequence[str] | None = None,
-    limit: int | None = None,
-) -> CorpusResult:
-    """Evaluate a split at its images' own resolution, every image queried with the whole vocabulary.
-
-    Args:
-        classes: other wordings of the vocabulary, in its order.
-        limit: stop after so many samples (from the start).
+    An `oracle` tells the model more than anybody could know: only the names of classes that the ground truth of the
+    image at hand holds. Its figures are no measure of a model, only of what choosing the classes costs it.
     """
-    samples = range(len(corpus) if limit is None else min(limit, len(corpus)))
-    matrix = count_samples(predictor, corpus, samples, [classes or corpus.manifest.vocabulary])[0]
-    return corpus_result(corpus, matrix, len(samples))
+
+    names: tuple[str, ...]
+    oracle: bool = False
 
 
-def count_samples(
-    predictor: Segments,
-    corpus: ShardedCorpus,
-    samples: Iterable[int],
-    wordings: Sequence[Sequence[str]],
-) -> list[ConfusionMatrix]:
-    """One confusion matrix for each wording of the vocabulary, over the given samples; each is read once.
+def count_samples(predictor: Segments, corpus: ShardedCorpus, samples: Iterable[int], question: Question) -> Tally:
+    """The tally of the given samples, in their order.
 
     Raises:
         DigSegError: a wording that does not name every class of the vocabulary, or a damaged sample.
     """
     manifest = corpus.manifest
-    for wording in wordings:
-        if len(wording) != len(manifest.vocabulary):
-            raise DigSegError(
-                f"{manifest.corpus}/{manifest.split} has {len(manifest.vocabulary)} classes, but "
-                f"{len(wording)} names were given for them: {', '.join(wording)}"
-            )
-    matrices = [ConfusionMatrix(len(wording), ignore_id=manifest.ignore_id) for wording in wordings]
-    for index in samples:
-        try:
-            sample = corpus.read(index)
-        except CorruptSampleError as error:
-            raise DigSegError(f"{error}; run data_prep/shard.py again to mend it") from error
-        for wording, matrix in zip(wordings, matrices, strict=True):
-            matrix.update(sample.mask, predictor.predict(sample.image, wording).mask)
-    return matrices
-
-
-def corpus_result(corpus: ShardedCorpus, matrix: ConfusionMatrix, samples: int) -> CorpusResult:
-    """The figures of a finished confusion matrix, under the corpus' own class names."""
-    manifest = corpus.manifest
-    iou = [None if np.isnan(value) else float(value) for value in matrix.iou()]
-    return CorpusResult(
-        name=manifest.corpus,
-        split=manifest.split,
-        miou=matrix.mean_iou(),
-        pixel_accuracy=matrix.pixel_accuracy(),
-        classes=dict(zip(manifest.vocabulary, iou, strict=True)),
-        samples=samples,
+    num_classes = len(manifest.vocabulary)
+    if len(question.names) != num_classes:
+        raise DigSegError(
+            f"{manifest.corpus}/{manifest.split} has {num_classes} classes, but "
+            f"{len(question.names)} names were given for them: {', '.join(question.names)}"
+        )
+    return Tally.joined(
+        (
+            Tally.of_image(sample.mask, *answer(predictor, sample, question), num_classes, manifest.ignore_id)
+            for sample in _read(corpus, samples)
+        ),
+        num_classes,
     )
 
 
-def renamed(vocabulary: Sequence[str], name: str, wording: str) -> list[str]:
+def answer(predictor: Segments, sample: Sample, question: Question) -> tuple[NDArray[np.integer], NDArray[np.float32]]:
+    """The predicted class ids [H, W] of a sample and their probabilities [H, W]."""
+    if not question.oracle:
+        prediction = predictor.predict(sample.image, question.names)
+        return prediction.mask, prediction.probabilities.max(axis=0)
+    present = np.flatnonzero(np.bincount(sample.mask.ravel(), minlength=len(question.names))[: len(question.names)])
+    if not present.size:  # nothing is labelled, so nothing will be counted
+        return np.zeros_like(sample.mask), np.zeros(sample.mask.shape, np.float32)
+    prediction = predictor.predict(sample.image, [question.names[number] for number in present])
+    return present[prediction.mask], prediction.probabilities.max(axis=0)
+
+
+def _read(corpus: ShardedCorpus, samples: Iterable[int]) -> Iterator[Sample]:
+    for index in samples:
+        try:
+            yield corpus.read(index)
+        except CorruptSampleError as error:
+            raise DigSegError(f"{error}; run data_prep/shard.py again to mend it") from error
+
+
+def renamed(vocabulary: Sequence[str], name: str, wording: str) -> tuple[str, ...]:
     """The vocabulary with one class in another wording.
 
     Raises:
@@ -104,4 +85,4 @@ def renamed(vocabulary: Sequence[str], name: str, wording: str) -> list[str]:
         raise DigSegError(f"synonyms: there is no class {name!r}{nearest(name, vocabulary)}")
     if wording in vocabulary and wording != name:
         raise DigSegError(f"synonyms: {wording!r}, a wording of {name!r}, is itself a class of the corpus")
-    return [wording if other == name else other for other in vocabulary]
+    return tuple(wording if other == name else other for other in vocabulary)

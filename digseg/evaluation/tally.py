@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,16 +64,17 @@ class Tally:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence[Tally], num_classes: int) -> Tally:
-        """The sum of all parts, their images one after another."""
-        parts = [cls.empty(num_classes), *parts]
-        return cls(
-            confusion=_summed([part.confusion for part in parts]),
-            band=_summed([part.band for part in parts]),
-            contour=_summed([part.contour for part in parts]),
-            reliability=_summed([part.reliability for part in parts]),
-            images=ImageTotals.joined([part.images for part in parts]),
-        )
+    def joined(cls, parts: Iterable[Tally], num_classes: int) -> Tally:
+        """The sum of all parts, their images one after another; no two parts need be in memory at once."""
+        total, images = cls.empty(num_classes), []
+        for part in parts:
+            for summed, counts in zip(total._sums(), part._sums(), strict=True):
+                summed += counts
+            images.append(part.images)
+        return replace(total, images=ImageTotals.joined(images))
+
+    def _sums(self) -> tuple[Counts, ...]:
+        return self.confusion, self.band, self.contour, self.reliability
 
     def to_bytes(self) -> bytes:
         """As the content of a NumPy `.npz` file (nothing pickled)."""
@@ -104,10 +105,3 @@ class Tally:
                 return cls(stored["confusion"], stored["band"], stored["contour"], stored["reliability"], images)
         except (KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"not a stored tally ({error})") from error
-
-
-def _summed(parts: Sequence[Counts]) -> Counts:
-    total = np.zeros_like(parts[0])
-    for part in parts:
-        total += part
-    return total

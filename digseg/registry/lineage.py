@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import digseg
+
 _PACKAGES = (
     "digseg",
     "torch",
@@ -77,6 +79,15 @@ def directory_digest(directory: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         total.update(f"{path.relative_to(directory).as_posix()}\0{file_digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+def source_digest(*rooms: str) -> str:
+    """sha256 over the source of some of DigSeg's packages: results of other code are other results."""
+    total = hashlib.sha256()
+    for room in rooms:
+        for path in sorted((Path(digseg.__file__).parent / room).glob("*.py")):
+            total.update(f"{room}/{path.name}\0{file_digest(path)}\n".encode())
     return total.hexdigest()
 
 

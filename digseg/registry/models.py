@@ -126,7 +126,7 @@ def evaluation_tags(result: Mapping[str, Any]) -> dict[str, str]:
     """`mean_iou` and `miou.CORPUS` of an evaluation, as tags of a version."""
     figures = {"mean_iou": result["mean_iou"]}
     figures |= {f"miou.{name}": corpus["miou"] for name, corpus in result["corpora"].items()}
-    return {key: f"{value:.4f}" for key, value in figures.items()}
+    return {key: f"{value:.4f}" for key, value in figures.items() if value is not None}
 
 
 def list_versions(tracking_uri: str | None = None) -> list[ListedVersion]:

@@ -30,6 +30,18 @@ _BATCH = 100
 _PARAM_LENGTH = 6000
 _DIGEST_LENGTH = 36
 
+# Figures of a corpus that become metrics of an evaluation.
+_CORPUS_FIGURES = (
+    "miou",
+    "pixel_accuracy",
+    "mean_accuracy",
+    "frequency_weighted_iou",
+    "mean_dice",
+    "boundary_iou",
+    "boundary_f1",
+    "calibration_error",
+)
+
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -170,34 +182,59 @@ class MlflowRun:
             self._client.log_batch(self.run_id, tags=chunk)
 
 
-def log_evaluation(uri: str, run_id: str, result: Mapping[str, Any]) -> None:
-    """Add an evaluation (as `digseg.cluster.evaluate.evaluate_model` gives it) to a run: one metric a figure
-    and the whole as `evaluation.json`. Corpora may also stand under `held_out`.
+def log_evaluation(uri: str, run_id: str, result: Mapping[str, Any], files: Sequence[Path] = ()) -> str:
+    """Add an evaluation (as `digseg.cluster.evaluate.evaluate_models` gives it, with its `model` and `data`) as a
+    child of the run that trained the model: one metric a figure, the whole as `evaluation.json`, and further files.
+    The parent gets each corpus' mIoU, unless an oracle was asked. Corpora may also stand under `held_out`.
+
+    Returns:
+        The id of the child.
 
     Raises:
         DigSegError: the store cannot be reached, or has no such run.
     """
     client = connect(uri)
-    figures = {"eval.mean_iou": result["mean_iou"]}
-    for name, corpus in {**result["corpora"], **result.get("held_out", {})}.items():
-        figures[f"eval.{name}.miou"] = corpus["miou"]
-        figures[f"eval.{name}.pixel_accuracy"] = corpus["pixel_accuracy"]
+    corpora = {**result["corpora"], **result.get("held_out", {})}
+    headline = {"eval.mean_iou": result["mean_iou"]}
+    headline |= {f"eval.{name}.miou": corpus["miou"] for name, corpus in corpora.items()}
+    figures: dict[str, float | None] = dict(headline)
+    for name, corpus in corpora.items():
+        figures |= {f"eval.{name}.{key}": corpus[key] for key in _CORPUS_FIGURES if key != "miou"}
         figures |= {f"eval.{name}.iou.{label}": iou for label, iou in corpus["classes"].items()}
     for name, classes in result.get("synonyms", {}).items():
         for label, wordings in classes.items():
             figures |= {f"eval.{name}.synonym.{label}.{wording}": iou for wording, iou in wordings.items()}
+    label = f"evaluation: {result['protocol']}{' (oracle)' if result['oracle'] else ''}"
+    try:
+        parent = client.get_run(run_id)
+        child = client.create_run(
+            parent.info.experiment_id, run_name=label, tags={"mlflow.parentRunId": run_id, "digseg.kind": "evaluation"}
+        )
+        child_id = str(child.info.run_id)
+        parameters = {"model": result["model"]["uri"], "data": result["data"]}
+        parameters |= {"protocol": result["protocol"], "oracle": str(result["oracle"]).lower()}
+        client.log_batch(child_id, params=[Param(key, value) for key, value in parameters.items()])
+        _log_figures(client, child_id, figures)
+        if not result["oracle"]:
+            _log_figures(client, run_id, headline)
+        client.log_dict(child_id, dict(result), "evaluation.json")
+        for path in files:
+            client.log_artifact(child_id, str(path))
+        client.set_terminated(child_id, "FINISHED")
+    except MlflowException as error:
+        raise DigSegError(f"MLflow at {uri} does not take the evaluation: {first_line(error)}") from error
+    return child_id
+
+
+def _log_figures(client: MlflowClient, run_id: str, figures: Mapping[str, float | None]) -> None:
     now_ms = time.time_ns() // 1_000_000
     metrics = [
         Metric(metric_name(name), value, now_ms, 0)
         for name, value in figures.items()
         if value is not None and math.isfinite(value)
     ]
-    try:
-        for chunk in _chunks(metrics):
-            client.log_batch(run_id, metrics=chunk)
-        client.log_dict(run_id, dict(result), "evaluation.json")
-    except MlflowException as error:
-        raise DigSegError(f"MLflow at {uri} does not take the evaluation: {first_line(error)}") from error
+    for chunk in _chunks(metrics):
+        client.log_batch(run_id, metrics=chunk)
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -54,7 +54,7 @@ def test_a_tally_survives_being_stored() -> None:
 def test_damaged_content_is_noticed() -> None:
     stored = Tally.joined(images(0, 3), CLASSES).to_bytes()
     for damaged in (b"", stored[: len(stored) // 2], b"x" * 100):
-        with pytest.raises(ValueError, match="not a stored tally|pickled"):
+        with pytest.raises(ValueError, match=r"not a stored tally|pickled"):
             Tally.from_bytes(damaged)
 
 

@@ -139,28 +139,40 @@ def test_a_store_that_fails_in_between_costs_no_metric_and_no_time(
     assert sorted(metric.step for metric in client.get_metric_history(run.run_id, "loss")) == [1, 2]
 
 
-def test_evaluations_become_metrics_and_an_artifact(config: Config, client: MlflowClient, tmp_path: Path) -> None:
+def test_an_evaluation_becomes_a_child_run(config: Config, client: MlflowClient, tmp_path: Path) -> None:
     run = _started(config)
-    part = {"split": "val", "pixel_accuracy": 0.9, "samples": 3}
+    part = dict.fromkeys(("mean_accuracy", "frequency_weighted_iou", "mean_dice", "boundary_iou", "boundary_f1"), 0.3)
+    part |= {"split": "val", "pixel_accuracy": 0.9, "samples": 3, "calibration_error": None}
     result = {
+        "model": {"uri": "models:/digseg/3"},
+        "data": "shards",
+        "protocol": "supervised",
+        "oracle": False,
         "mean_iou": 0.5,
         "corpora": {"camvid": {**part, "miou": 0.5, "classes": {"car": 0.25, "sky": None}}},
         "synonyms": {"camvid": {"car": {"automobile": 0.2}}},
         "held_out": {"town": {**part, "miou": 0.125, "classes": {"flower bed (red)": 0.125}}},
     }
-    log_evaluation(config.tracking.uri or "", run.run_id, result)
-    assert client.get_run(run.run_id).data.metrics == {
-        "eval.mean_iou": 0.5,
-        "eval.camvid.miou": 0.5,
-        "eval.camvid.pixel_accuracy": 0.9,
-        "eval.camvid.iou.car": 0.25,
-        "eval.camvid.synonym.car.automobile": 0.2,
-        "eval.town.miou": 0.125,
-        "eval.town.pixel_accuracy": 0.9,
-        "eval.town.iou.flower bed _red_": 0.125,
-    }
-    stored = Path(client.download_artifacts(run.run_id, "evaluation.json", str(tmp_path)))
-    assert json.loads(stored.read_text()) == result
+    page = tmp_path / "report.html"
+    page.write_text("page")
+    child = client.get_run(log_evaluation(config.tracking.uri or "", run.run_id, result, [page]))
+    assert child.data.tags["mlflow.parentRunId"] == run.run_id
+    assert child.data.params["protocol"] == "supervised"
+    headline = {"eval.mean_iou": 0.5, "eval.camvid.miou": 0.5, "eval.town.miou": 0.125}
+    assert client.get_run(run.run_id).data.metrics == headline
+    metrics = child.data.metrics
+    assert headline.items() <= metrics.items()
+    assert metrics["eval.camvid.pixel_accuracy"] == 0.9
+    assert metrics["eval.camvid.iou.car"] == 0.25
+    assert metrics["eval.camvid.synonym.car.automobile"] == 0.2
+    assert metrics["eval.town.iou.flower bed _red_"] == 0.125
+    assert not {"eval.camvid.iou.sky", "eval.camvid.calibration_error"} & metrics.keys()
+    folder = Path(client.download_artifacts(child.info.run_id, "", str(tmp_path / "stored")))
+    assert json.loads((folder / "evaluation.json").read_text()) == result
+    assert (folder / "report.html").read_text() == "page"
+
+    log_evaluation(config.tracking.uri or "", run.run_id, {**result, "oracle": True, "mean_iou": 0.9})
+    assert client.get_run(run.run_id).data.metrics == headline
 
 
 def test_pictures_are_attached(config: Config, client: MlflowClient, tmp_path: Path) -> None:
