@@ -11,6 +11,7 @@ from typing import NamedTuple
 from data_prep.corpora.description import CONFIGS, load_spec
 from data_prep.corpora.labels import BadSample, Source, UInt8Array, image_pixels, mask_ids, open_source
 from data_prep.corpora.layout import SampleRef, list_samples
+from data_prep.corpora.patterns import missing_folder
 from data_prep.corpora.spec import CorpusSpec
 from digseg.errors import DigSegError, nearest
 
@@ -91,8 +92,10 @@ class Corpus:
         refs = list_samples(self.spec, self.root, split)
         if not refs:
             patterns = self.spec.layout.get(split) or next(iter(self.spec.layout.values()))
+            missing = missing_folder(self.root, patterns.images)
             raise DigSegError(
                 f"corpus {self.name}: split {split!r} is empty, no sample matches {patterns.images} below {self.root}"
+                + (f": {missing} does not exist" if missing else "")
             )
         return refs
 
@@ -129,6 +132,6 @@ class Corpus:
         try:
             mask = mask_ids(part, self.spec)
         except BadSample as error:
-            return error
+            return error if ref.box is None else BadSample(f"tile at row {ref.box[1]}, column {ref.box[0]}: {error}")
         extension = "jpg" if ref.image.suffix.lower() in (".jpg", ".jpeg") else "png"
         return SampleContent(image_pixels(part.image, self.spec), mask, part.image_bytes, extension)

@@ -178,8 +178,8 @@ def _by_value(mask: Image.Image, path: Path, label: IdLabel, vocabulary: tuple[s
     if outside.any():
         unknown = np.unique(values[outside])
         raise BadSample(
-            f"mask {path.name} has class id {_some(unknown)}, outside the vocabulary, first {_first(outside)}; "
-            "map it in label.values or label.ignore"
+            f"mask {path.name} has class id {_some(unknown)}, outside the vocabulary ({_places(outside)}): "
+            "give it a class or list it under `ignore`"
         )
     return ids.astype(np.uint8)
 
@@ -200,8 +200,8 @@ def _by_colour(mask: Image.Image, path: Path, label: ColourLabel, vocabulary: tu
     if outside.any():
         unknown = [f"({c >> 16}, {c >> 8 & 255}, {c & 255})" for c in np.unique(packed[outside])]
         raise BadSample(
-            f"mask {path.name} has the colour {_some(unknown)}, outside the vocabulary, first {_first(outside)}; "
-            "name it in label.colours or label.ignore, or set label.other_colours to ignore"
+            f"mask {path.name} has the colour {_some(unknown)}, outside the vocabulary ({_places(outside)}): "
+            "give it a class, list it under `ignore`, or set `other_colours: ignore`"
         )
     return ids.astype(np.uint8)
 
@@ -243,9 +243,9 @@ def _levels(mask: Image.Image, path: Path, modes: Sequence[str], channel_differe
     return values.astype(np.uint16)
 
 
-def _first(where: npt.NDArray[np.bool_]) -> str:
+def _places(where: npt.NDArray[np.bool_]) -> str:
     row, column = np.argwhere(where)[0]
-    return f"at row {row}, column {column} of {int(where.sum())} pixels"
+    return f"first at row {row}, column {column}, {np.count_nonzero(where)} in all"
 
 
 def _packed(colours: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

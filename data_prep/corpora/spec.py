@@ -6,12 +6,12 @@ and a reader never guesses.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, field_validator, model_validator
 
+from data_prep.corpora.patterns import check_pattern, pattern_fields
 from digseg.errors import nearest
 
 IGNORE_ID = 255
@@ -19,9 +19,6 @@ IGNORE_ID = 255
 
 MAX_CLASSES = 255
 """Contiguous ids 0..254 fit an 8-bit mask beside :data:`IGNORE_ID`."""
-
-FIELD = r"\{\w+(?::[^{}]+)?\}"
-"""Expression of a field of a path pattern, ``{name}`` or ``{name:expression}``."""
 
 TILE_FIELD = "tile"
 """The field that numbers the tiles of an image."""
@@ -47,6 +44,12 @@ class FilePatterns(_Part):
 
     images: Name
     masks: Name
+
+    @field_validator("images", "masks")
+    @classmethod
+    def _well_formed(cls, pattern: str) -> str:
+        check_pattern(pattern)
+        return pattern
 
     @model_validator(mode="after")
     def _same_fields(self) -> Self:
@@ -255,14 +258,9 @@ class CorpusSpec(_Part):
         return tuple(rule.splits)
 
 
-def pattern_fields(pattern: str) -> list[str]:
-    """Names of the fields of a pattern, in order, repeats included."""
-    return [field_name(part) for part in re.findall(FIELD, pattern)]
-
-
-def field_name(part: str) -> str:
-    """The name in ``{name}`` or ``{name:expression}``."""
-    return part[1:-1].partition(":")[0]
+def sample_fields(spec: CorpusSpec, patterns: FilePatterns) -> set[str]:
+    """Names of the fields that tell a sample from another."""
+    return {*pattern_fields(patterns.images), *((TILE_FIELD,) if spec.tiles else ())}
 
 
 def _check_vocabulary(vocabulary: tuple[str, ...]) -> None:
@@ -295,8 +293,7 @@ def _check_layout(spec: CorpusSpec) -> None:
     if not isinstance(rule, FolderSplits) and len(spec.layout) != 1:
         raise ValueError(f"splits by {rule.by} need a layout with one entry, it has {sorted(spec.layout)}")
     for name, patterns in spec.layout.items():
-        fields = {*pattern_fields(patterns.images), *((TILE_FIELD,) if spec.tiles else ())}
-        missing = sorted({*pattern_fields(spec.key), *_split_fields(rule)} - fields)
+        missing = sorted({*pattern_fields(spec.key), *_split_fields(rule)} - sample_fields(spec, patterns))
         if missing:
             raise ValueError(f"key or splits use {missing}, which layout.{name}.images does not name")
     if isinstance(rule, ListSplits) and rule.duplicates not in rule.splits:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from data_prep.corpora import BadSample, Corpus, corpus_names, load_corpus
 from data_prep.corpora.labels import Source, open_source
-from data_prep.corpora.layout import tile_boxes
 from data_prep.corpora.spec import CorpusSpec, Tiles
+from data_prep.corpora.tiles import tile_boxes
 
 
 def test_cityscapes_maps_label_ids_and_leaves_the_void_ones_out(tmp_path: Path) -> None:

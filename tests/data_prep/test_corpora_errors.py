@@ -73,8 +73,8 @@ def test_class_id_outside_the_vocabulary(root: Path) -> None:
     wrong[3, 4], wrong[5, 6] = 9, 17
     save(root / "masks/train/b.png", wrong)
     assert reason(root, "b") == (
-        "mask b.png has class id 9, 17, outside the vocabulary, first at row 3, column 4 of 2 pixels; "
-        "map it in label.values or label.ignore"
+        "mask b.png has class id 9, 17, outside the vocabulary (first at row 3, column 4, 2 in all): "
+        "give it a class or list it under `ignore`"
     )
 
 
@@ -135,8 +135,8 @@ def test_unknown_colour(tmp_path: Path) -> None:
     with pytest.raises(BadSample) as caught:
         corpus.read(corpus.list("train")[0])
     assert str(caught.value) == (
-        "mask 001_annotation.png has the colour (1, 2, 3), outside the vocabulary, first at row 0, column 1 of 1 "
-        "pixels; name it in label.colours or label.ignore, or set label.other_colours to ignore"
+        "mask 001_annotation.png has the colour (1, 2, 3), outside the vocabulary (first at row 0, "
+        "column 1, 1 in all): give it a class, list it under `ignore`, or set `other_colours: ignore`"
     )
 
 
@@ -211,7 +211,10 @@ def test_unknown_corpus_names_the_nearest(tmp_path: Path) -> None:
 def test_empty_split_says_what_was_looked_for(tmp_path: Path) -> None:
     save(tmp_path / "CamVid/train/x.png", photo())
     corpus = load_corpus("camvid", tmp_path)
-    with pytest.raises(DigSegError, match=r"split 'val' is empty, no sample matches CamVid/val/\{frame\}"):
+    with pytest.raises(DigSegError, match=r"split 'val' is empty, no sample .*/CamVid/val does not exist"):
+        corpus.list("val")
+    (tmp_path / "CamVid/val").mkdir()
+    with pytest.raises(DigSegError, match=r"no sample matches CamVid/val/\{frame\}\.\* below \S+$"):
         corpus.list("val")
 
 
@@ -273,6 +276,7 @@ def test_errors_in_classes_name_file_and_field(root: Path, fields: dict[str, obj
             "tiles: {size: 512, grid: even}\nkey: '{name}-{tile}'\nexif: {image: apply}\n",
             "tiles are cut from the pixels as stored",
         ),
+        ("layout: {val: {images: 'val/{name:[}.png'}}\n", r"images: \{name:\[\} holds no regular expression"),
         ("extends: nothing.yaml\n", "field extends: .*nothing.yaml does not exist"),
         ("label: [\n", "not valid YAML"),
     ],

@@ -193,7 +193,7 @@ def test_isaid_reads_red_green_blue_and_covers_large_images_with_tiles(tmp_path:
     counts = sum(np.bincount(corpus.read(ref).mask.ravel(), minlength=16) for ref in refs[:4])
     assert counts.tolist() == [900 * 1000 - 450 * 500 - 200, 450 * 500, *[0] * 13, 200]
     assert (corpus.vocabulary[1], corpus.vocabulary[15]) == ("ship", "harbor")
-    with pytest.raises(BadSample, match=r"P0001_instance_color_RGB.png has the colour \(63, 0, 0\)"):
+    with pytest.raises(BadSample, match=r"tile at row 450, column 500: mask P0001\S+ has the colour \(63, 0, 0\)"):
         corpus.read(refs[7])
     assert 0 in corpus.read(refs[5]).mask  # the tiles without a wrong colour are sound
 

@@ -1,4 +1,4 @@
-"""The seven real samples: splits against their pair lists, class counts against a count written out here."""
+"""The seven real samples: splits against their pair lists, pixels and class counts against a reading written here."""
 
 from __future__ import annotations
 
@@ -59,12 +59,16 @@ def test_splits_and_class_pixels_match_an_independent_reading(real_corpora: Path
     assert set(found) == set(pairs)
     assert len({(split, ref.key) for split, ref in refs}) == len(pairs)
 
-    expected: Counter[str] = Counter()
-    counted = np.zeros(256, np.int64)
-    for where, ref in found.items():
-        expected += COUNTS[name](root / pairs[where])
-        content = corpus.read(ref)
-        assert content.image.shape[:2] == content.mask.shape
-        counted += np.bincount(content.mask.ravel(), minlength=256)
     names = {**dict(enumerate(corpus.vocabulary)), 255: "ignore"}
-    assert {names[i]: int(counted[i]) for i in np.flatnonzero(counted)} == dict(expected)
+    for where, ref in found.items():
+        content = corpus.read(ref)
+        counted = np.bincount(content.mask.ravel(), minlength=256)
+        expected = +COUNTS[name](root / pairs[where])
+        assert {names[i]: int(counted[i]) for i in np.flatnonzero(counted)} == dict(expected), ref.key
+        assert np.array_equal(content.image, np.asarray(Image.open(root / where[1]).convert("RGB"))), ref.key
+
+
+def test_isic_2017_finds_the_same_training_images_in_its_official_folders(real_corpora: Path) -> None:
+    official, alone = (load_corpus(name, real_corpora / "isic2017_lesion") for name in ("isic2017", "isic2017_lesion"))
+    both = [ref.image for split in alone.splits for ref in alone.list(split)]
+    assert [ref.image for ref in official.list("train")] == sorted(both)
