@@ -9,12 +9,13 @@ or made from files that have changed since. A sample that cannot be used goes to
 from __future__ import annotations
 
 import argparse
-import os
+import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.corpora import Corpus, SampleRef, load_corpus
+from data_prep.corpora import Corpus, load_corpus
 from data_prep.shard_job import ShardJob, ShardResult, make_shard, plan_shards
 from digseg.console import say
 from digseg.data.format import (
@@ -25,15 +26,31 @@ from digseg.data.format import (
     Rejected,
     Statistics,
     ignore_id,
-    index_name,
+    is_shard_file,
     parse_manifest,
     shard_name,
     split_path,
 )
-from digseg.data.storage import Storage
+from digseg.data.storage import TEMPORARY_SUFFIX, Storage
 from digseg.errors import DigSegError, run_main
 
 SHOWN_REASONS = 5
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What sharding a split comes to; ``before`` is the manifest of an earlier run."""
+
+    corpus: Corpus
+    name: str
+    split: str
+    storage: Storage
+    before: Manifest | None
+    jobs: tuple[ShardJob, ...]
+
+    @property
+    def folder(self) -> str:
+        return split_path(self.name, self.split)
 
 
 def shard_corpus(
@@ -48,7 +65,7 @@ def shard_corpus(
     """Shard ``split`` of the corpus ``corpus`` below ``root`` into ``out/<name>/<split>``.
 
     ``out`` is a folder or fsspec URL, ``name`` defaults to the corpus' own, ``seed`` names the assignment of samples
-    to shards.
+    to shards. Only one job at a time may write a split.
 
     Raises:
         DigSegError: unknown corpus or split, missing root, empty split, no intact sample, or an ``out`` that cannot be
@@ -58,23 +75,74 @@ def shard_corpus(
     from digseg.cluster.runtime import ray_session
     from digseg.cluster.tasks import fan_out
 
+    plan = plan_split(corpus, root, split, out, samples_per_shard, name, seed)
+    with ray_session():
+        results = fan_out(
+            make_shard,
+            plan.jobs,
+            f"sharding {plan.folder}",
+            unit="samples",
+            size=lambda job: len(job.refs),
+            environment=plan.storage.environment(),
+        )
+        return finish_split(plan, list(results))
+
+
+def plan_split(
+    corpus: str,
+    root: str | Path,
+    split: str,
+    out: str | Path,
+    samples_per_shard: int | None = None,
+    name: str | None = None,
+    seed: int = 0,
+) -> SplitPlan:
+    """The first half of :func:`shard_corpus`: everything is checked, and nothing written."""
     source = load_corpus(corpus, root)
     name = _checked_name(name or source.name)
     refs = source.list(split)
     if all(ref.problem for ref in refs):
         raise _nothing_intact(source, split, [str(ref.problem) for ref in refs])
+    by_key = {ref.key: ref for ref in refs}
+    if len(by_key) != len(refs) or any(re.search(r"[./]", key) for key in by_key):
+        raise DigSegError(f"corpus {source.name}: sample keys must be unique and free of '.' and '/'")
     storage = Storage(out)
-    _check_writable(storage)
+    storage.check_writable()
     before = _earlier_manifest(storage, name, split)
-    jobs = _jobs(source, name, split, refs, storage, before, samples_per_shard, seed)
+    known = {entry.name: entry for entry in before.shards} if before else {}
+    jobs = tuple(
+        ShardJob(
+            corpus=source,
+            name=name,
+            split=split,
+            refs=tuple(by_key[key] for key in keys),
+            root=storage.root,
+            shard=(shard := shard_name(name, split, number)),
+            expected=known.get(shard),
+        )
+        for number, keys in enumerate(plan_shards(list(by_key), seed, samples_per_shard))
+    )
+    return SplitPlan(source, name, split, storage, before, jobs)
 
-    with ray_session():
-        results = list(fan_out(make_shard, jobs, f"sharding {name}/{split}", unit="shards"))
+
+def finish_split(plan: SplitPlan, results: Sequence[ShardResult]) -> Manifest:
+    """The second half of :func:`shard_corpus`: write rejected.jsonl, then the manifest, last; remove what is left of
+    earlier plans and of jobs that were killed."""
     rejected = sorted((r for result in results for r in result.rejected), key=lambda r: r.key)
     if not any(result.entry for result in results):
-        raise _nothing_intact(source, split, [r.reason for r in rejected])
-    manifest = _manifest(source, name, split, results, len(rejected))
-    _publish(storage, manifest, rejected)
+        raise _nothing_intact(plan.corpus, plan.split, [r.reason for r in rejected])
+    lines = "".join(record.model_dump_json() + "\n" for record in rejected).encode()
+    manifest = _manifest(plan, results, len(rejected), hashlib.sha256(lines).hexdigest())
+    storage, folder = plan.storage, plan.folder
+    _check_shared(storage, folder, manifest)
+    if plan.before != manifest:
+        storage.remove(f"{folder}/{MANIFEST_NAME}")
+    storage.write(f"{folder}/{REJECTED_NAME}", lines)
+    storage.write(f"{folder}/{MANIFEST_NAME}", manifest.to_json())
+    known = {name for entry in manifest.shards for name in entry.digests()}
+    for file in storage.files(folder):
+        if file.endswith(TEMPORARY_SUFFIX) or (is_shard_file(file) and file not in known):
+            storage.remove(f"{folder}/{file}")
     _report(storage, manifest, results, rejected)
     return manifest
 
@@ -103,62 +171,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def _jobs(
-    corpus: Corpus,
-    name: str,
-    split: str,
-    refs: Sequence[SampleRef],
-    storage: Storage,
-    before: Manifest | None,
-    samples_per_shard: int | None,
-    seed: int,
-) -> list[ShardJob]:
-    by_key = {ref.key: ref for ref in refs}
-    if len(by_key) != len(refs) or any(re.search(r"[./]", key) for key in by_key):
-        raise DigSegError(f"corpus {corpus.name}: sample keys must be unique and free of '.' and '/'")
-    known = {entry.name: entry for entry in before.shards} if before else {}
-    return [
-        ShardJob(
-            corpus=corpus,
-            name=name,
-            split=split,
-            refs=tuple(by_key[key] for key in keys),
-            root=storage.root,
-            shard=(shard := shard_name(name, split, number)),
-            expected=known.get(shard),
-        )
-        for number, keys in enumerate(plan_shards(list(by_key), seed, samples_per_shard))
-    ]
-
-
-def _manifest(corpus: Corpus, name: str, split: str, results: Sequence[ShardResult], num_rejected: int) -> Manifest:
-    entries = tuple(result.entry for result in results if result.entry)
+def _manifest(plan: SplitPlan, results: Sequence[ShardResult], num_rejected: int, rejected_sha256: str) -> Manifest:
+    corpus, entries = plan.corpus, tuple(result.entry for result in results if result.entry)
     return Manifest(
         format_version=FORMAT_VERSION,
-        corpus=name,
+        corpus=plan.name,
         domain=corpus.domain,
-        split=split,
+        split=plan.split,
         licence=corpus.licence,
         vocabulary=corpus.vocabulary,
         may_contain=corpus.may_contain,
         ignore_id=ignore_id(len(corpus.vocabulary)),
         samples=sum(entry.samples for entry in entries),
         rejected=num_rejected,
+        rejected_sha256=rejected_sha256,
         shards=entries,
         statistics=Statistics.merged([result.statistics for result in results if result.statistics]),
     ).with_digest()
 
 
-def _publish(storage: Storage, manifest: Manifest, rejected: Sequence[Rejected]) -> None:
-    """Write rejected.jsonl, then the manifest, last; then remove shards of earlier plans."""
-    folder = split_path(manifest.corpus, manifest.split)
-    lines = "".join(record.model_dump_json() + "\n" for record in rejected)
-    storage.write(f"{folder}/{REJECTED_NAME}", lines.encode())
-    storage.write(f"{folder}/{MANIFEST_NAME}", manifest.to_json())
-    known = {name for entry in manifest.shards for name in (entry.name, index_name(entry.name))}
-    for file in storage.files(folder):
-        if file.endswith((".tar", ".idx")) and file not in known:
-            storage.remove(f"{folder}/{file}")
+def _check_shared(storage: Storage, folder: str, manifest: Manifest) -> None:
+    """Whether what the tasks wrote is seen from here: a local folder of another machine would not be."""
+    absent = [shard.name for shard in manifest.shards if storage.size(f"{folder}/{shard.name}") != shard.bytes]
+    if absent:
+        raise DigSegError(
+            f"{len(absent)} of {len(manifest.shards)} shards, such as {absent[0]}, were written but are not in "
+            f"{storage.url(folder)}: on a cluster, --out must be a folder that all machines share, or a URL"
+        )
 
 
 def _report(storage: Storage, manifest: Manifest, results: Sequence[ShardResult], rejected: Sequence[Rejected]) -> None:
@@ -183,15 +222,6 @@ def _earlier_manifest(storage: Storage, name: str, split: str) -> Manifest | Non
     except DigSegError:
         # Damaged: every shard is then judged by its own index, and a sound manifest is written.
         return None
-
-
-def _check_writable(storage: Storage) -> None:
-    if not storage.is_local:
-        return
-    folder = Path(storage.root)
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise DigSegError(f"--out {storage.root} cannot be written: {existing} is not a folder this user may write")
 
 
 def _checked_name(name: str) -> str:

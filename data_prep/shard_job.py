@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,16 +15,17 @@ from digseg.data.format import (
     MANIFEST_NAME,
     Rejected,
     ShardEntry,
-    ShardHeader,
     Statistics,
     index_name,
     parse_header,
-    sha256_of,
+    shard_problems,
     split_path,
 )
+from digseg.data.hashes import hash_image
 from digseg.data.order import mix64, permuted_index
 from digseg.data.storage import Storage
 from digseg.data.writer import EncodedSample, ShardWriter, encode_mask, encode_png, shard_entry
+from digseg.errors import DigSegError
 
 MIN_SAMPLES_PER_SHARD = 64
 MAX_SAMPLES_PER_SHARD = 512
@@ -69,46 +70,68 @@ def plan_shards(keys: Sequence[str], seed: int, samples_per_shard: int | None = 
 
 
 def make_shard(job: ShardJob) -> ShardResult:
-    """Make a shard, or leave it as it is where it already holds these source files, intact."""
+    """Make a shard, or leave it as it is where it already holds these source files, intact.
+
+    One sample is in memory at a time.
+
+    Raises:
+        DigSegError: the shard cannot be written.
+    """
     storage = Storage(job.root)
-    source = source_sha256(job.corpus, job.refs)
-    present = _present(storage, job, source)
+    present = _present(storage, job)
     if present is not None:
         return present
 
-    rejected: list[Rejected] = []
+    source = _SourceDigest(job.corpus)
     statistics: list[Statistics] = []
-    samples = _encoded(job, statistics, rejected)
+    rejected: list[Rejected] = []
+    samples = _encoded(job, source, statistics, rejected)
     first = next(samples, None)
     if first is None:
         return ShardResult(None, None, tuple(rejected), written=False)
     folder = split_path(job.name, job.split)
-    # A manifest never describes shards that are being replaced.
-    storage.remove(f"{folder}/{MANIFEST_NAME}")
-    with ShardWriter(storage, folder, job.shard) as writer:
-        writer.add(first)
-        for sample in samples:
-            writer.add(sample)
-        header, entry = writer.close(source, Statistics.merged(statistics), rejected)
+    try:
+        # A manifest never describes shards that are being replaced.
+        storage.remove(f"{folder}/{MANIFEST_NAME}")
+        with ShardWriter(storage, folder, job.shard) as writer:
+            writer.add(first)
+            for sample in samples:
+                writer.add(sample)
+            header, entry = writer.close(source.hexdigest(), Statistics.merged(statistics), rejected)
+    except OSError as error:
+        raise DigSegError(f"cannot write {storage.url(f'{folder}/{job.shard}')}: {error}") from error
     return ShardResult(entry, header.statistics, header.rejected, written=True)
 
 
-def source_sha256(corpus: Corpus, refs: Sequence[SampleRef]) -> str:
-    """Digest over everything a shard is made from: label rules, keys, and the bytes of all source files."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION}{corpus.spec.model_dump_json()}".encode())
-    file_digest = cache(_file_digest)  # the tiles of an image share its file
-    for ref in refs:
-        digest.update(json.dumps([ref.key, ref.problem]).encode())
-        for path in (ref.image, *_masks(ref)):
-            digest.update(file_digest(path))
-    return digest.hexdigest()
+class _SourceDigest:
+    """Grows to a digest over everything a shard is made from: label rules, keys, and the bytes of all source files."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._digest = hashlib.sha256(f"{FORMAT_VERSION}{corpus.spec.model_dump_json()}".encode())
+        self._file_digest = cache(_file_digest)  # the tiles of an image share its file
+
+    def over(self, refs: Iterable[SampleRef]) -> Iterator[SampleRef]:
+        """The same samples; each is added as it passes."""
+        for ref in refs:
+            self._digest.update(json.dumps([ref.key, ref.problem]).encode())
+            for path in (ref.image, *_masks(ref)):
+                self._digest.update(self._file_digest(path))
+            yield ref
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _file_digest(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes() if path.is_file() else b"missing").digest()
+    """What cannot be read counts as that."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b"missing"
+    return hashlib.sha256(content).digest()
 
 
-def _present(storage: Storage, job: ShardJob, source: str) -> ShardResult | None:
+def _present(storage: Storage, job: ShardJob) -> ShardResult | None:
     """The result of an earlier run, if its files are what that run wrote and its sources are the same."""
     folder = split_path(job.name, job.split)
     try:
@@ -116,22 +139,30 @@ def _present(storage: Storage, job: ShardJob, source: str) -> ShardResult | None
     except FileNotFoundError:
         return None
     header = parse_header(index)
-    if header is None or header.source_sha256 != source or header.name != job.shard:
+    if header is None or header.name != job.shard:
         return None
     entry = shard_entry(header, index)
-    if job.expected not in (None, entry) or not _tar_intact(storage, f"{folder}/{job.shard}", header):
+    if job.expected not in (None, entry) or any(shard_problems(storage, folder, entry)):
+        return None
+    if header.source_sha256 != _source_sha256(job):
         return None
     return ShardResult(entry, header.statistics, header.rejected, written=False)
 
 
-def _tar_intact(storage: Storage, path: str, header: ShardHeader) -> bool:
-    return storage.size(path) == header.bytes and sha256_of(storage, path, header.bytes) == header.sha256
+def _source_sha256(job: ShardJob) -> str:
+    source = _SourceDigest(job.corpus)
+    for _ in source.over(job.refs):
+        pass
+    return source.hexdigest()
 
 
-def _encoded(job: ShardJob, statistics: list[Statistics], rejected: list[Rejected]) -> Iterator[EncodedSample]:
-    """Intact samples of a job in order; ``statistics`` and ``rejected`` grow as they are read."""
+def _encoded(
+    job: ShardJob, source: _SourceDigest, statistics: list[Statistics], rejected: list[Rejected]
+) -> Iterator[EncodedSample]:
+    """Intact samples of a job in order; ``source``, ``statistics`` and ``rejected`` grow as they are read."""
     num_classes = len(job.corpus.vocabulary)
-    for ref, content in job.corpus.read_all(job.refs):
+    # Digested right before they are decoded, files come from the disk once.
+    for ref, content in job.corpus.read_all(source.over(job.refs)):
         if isinstance(content, BadSample):
             rejected.append(_rejected(job.corpus.root, ref, str(content)))
             continue
@@ -151,6 +182,7 @@ def _encoded(job: ShardJob, statistics: list[Statistics], rejected: list[Rejecte
                 "width": width,
                 "source": _relative(ref.image, job.corpus.root),
             },
+            hashes=hash_image(ref.key, content.image),
         )
 
 

@@ -24,9 +24,10 @@ START_TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class RayHead:
-    """A running head; ``environment`` is what a client of it sets."""
+    """A running head; ``environment`` is what a client of it sets, ``address`` where a driver joins it."""
 
     dashboard: str
+    address: str
     environment: dict[str, str]
 
 
@@ -52,7 +53,7 @@ def start_head(folder: Path, environment: Mapping[str, str], num_cpus: int = 2) 
     dashboard = f"http://127.0.0.1:{dashboard_port}"
     try:
         _wait_until_up(f"{dashboard}/api/version", auth["RAY_AUTH_TOKEN"], head, folder / "ray_head.log")
-        yield RayHead(dashboard, {**auth, "RAY_API_SERVER_ADDRESS": dashboard})
+        yield RayHead(dashboard, f"127.0.0.1:{port}", {**auth, "RAY_API_SERVER_ADDRESS": dashboard})
     finally:
         # --block ends with all that it started; the group is the head's own, so what is left of it goes too.
         head.send_signal(signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from digseg.config import Config
-from digseg.data.format import FORMAT_VERSION, MANIFEST_NAME, Manifest, Statistics, ignore_id, shard_name, split_path
+from digseg.data.format import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    Manifest,
+    Statistics,
+    ignore_id,
+    shard_name,
+    split_path,
+)
+from digseg.data.hashes import hash_image
 from digseg.data.storage import Storage
 from digseg.data.writer import EncodedSample, ShardWriter, encode_mask, encode_png
 
@@ -37,7 +48,8 @@ def write_split(
         with ShardWriter(storage, folder, shard_name(corpus, split, number)) as writer:
             for key, (image, mask) in part:
                 mask_png = encode_mask(mask, len(vocabulary))
-                writer.add(EncodedSample(key, encode_png(image), "png", mask_png, {"key": key}))
+                hashes = hash_image(key, image)
+                writer.add(EncodedSample(key, encode_png(image), "png", mask_png, {"key": key}, hashes))
             header, entry = writer.close("0" * 64, Statistics.merged(counts), [])
         entries.append(entry)
         statistics.append(header.statistics)
@@ -52,9 +64,11 @@ def write_split(
         ignore_id=ignore_id(len(vocabulary)),
         samples=len(items),
         rejected=0,
+        rejected_sha256=hashlib.sha256(b"").hexdigest(),
         shards=tuple(entries),
         statistics=Statistics.merged(statistics),
     ).with_digest()
+    storage.write(f"{folder}/{REJECTED_NAME}", b"")
     storage.write(f"{folder}/{MANIFEST_NAME}", manifest.to_json())
     return manifest
 

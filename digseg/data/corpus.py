@@ -24,7 +24,7 @@ from digseg.data.format import (
     index_name,
     load_manifest,
     parse_index,
-    shard_problem,
+    shard_problems,
     split_path,
 )
 from digseg.data.index import ShardIndex
@@ -142,8 +142,7 @@ class ShardedCorpus:
             DigSegError: naming the first file that is missing or differs.
         """
         for shard in self.manifest.shards:
-            problem = shard_problem(self._storage, self._folder, shard)
-            if problem:
+            for problem in shard_problems(self._storage, self._folder, shard):
                 raise DigSegError(f"{problem}; run data_prep/shard.py again to mend it")
 
     def _locate(self, index: int) -> tuple[int, int]:

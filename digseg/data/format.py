@@ -3,6 +3,7 @@
     <root>/<corpus>/<split>/manifest.json
                             <corpus>-<split>-000000.tar   KEY.image.jpg|png, KEY.mask.png, KEY.json
                             <corpus>-<split>-000000.idx   a line on the shard, then one a sample (JSON)
+                            <corpus>-<split>-000000.hashes  a line a sample (JSON): what finds duplicate images
                             rejected.jsonl                source samples that were left out, and why
 
 The tar is plain WebDataset. Masks hold contiguous ids of the manifest's vocabulary; 255 (65535 in the
@@ -13,19 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from digseg.data.storage import Storage
 from digseg.errors import DigSegError, nearest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
 MASK_MEMBER = "mask.png"
@@ -44,13 +45,22 @@ class _Record(BaseModel):
 
 
 class ShardEntry(_Record):
-    """What the manifest knows of one shard; ``sha256`` is of the tar, ``index_sha256`` of the idx file."""
+    """What the manifest knows of one shard; ``sha256`` and ``bytes`` are of the tar."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
     index_sha256: str
+    hashes_sha256: str
+
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each file of the shard by the file's name, the tar first."""
+        return {
+            self.name: self.sha256,
+            index_name(self.name): self.index_sha256,
+            hashes_name(self.name): self.hashes_sha256,
+        }
 
 
 class Rejected(_Record):
@@ -60,6 +70,18 @@ class Rejected(_Record):
     image: str
     masks: tuple[str, ...]
     reason: str
+
+
+class ImageHashes(_Record):
+    """A line of a hashes file: the sample's key and what finds the same or nearly the same image elsewhere.
+
+    ``pixels_sha256`` is over width, height and RGB pixels, whatever file they came from. ``phash`` is the 64-bit
+    perceptual hash as 16 hexadecimal digits; None for a flat image, one of nearly one colour, which has none.
+    """
+
+    key: str
+    pixels_sha256: str
+    phash: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None
 
 
 class Statistics(_Record):
@@ -106,8 +128,8 @@ class ShardHeader(_Record):
     """The first line of an idx file: all that the manifest will say of the shard, so that a job that was cut short
     can go on where it stopped.
 
-    ``source_sha256`` is over the source files and label rules that the shard was made from, ``entries_sha256`` over
-    the lines below this one.
+    ``source_sha256`` is over the source files and label rules that the shard was made from, ``hashes_sha256`` over
+    the hashes file, ``entries_sha256`` over the lines below this one.
     """
 
     format_version: int
@@ -116,13 +138,17 @@ class ShardHeader(_Record):
     bytes: int
     sha256: str
     source_sha256: str
+    hashes_sha256: str
     entries_sha256: str
     statistics: Statistics
     rejected: tuple[Rejected, ...]
 
 
 class Manifest(_Record):
-    """A sharded split of a corpus. ``digest`` names its content: it changes with any byte of any shard."""
+    """A sharded split of a corpus. ``digest`` names its content: it changes with any byte of any file of it.
+
+    ``rejected`` counts the lines of rejected.jsonl.
+    """
 
     format_version: int
     corpus: str
@@ -134,6 +160,7 @@ class Manifest(_Record):
     ignore_id: int
     samples: int
     rejected: int
+    rejected_sha256: str
     shards: tuple[ShardEntry, ...]
     statistics: Statistics
     digest: str = ""
@@ -159,6 +186,15 @@ def shard_name(corpus: str, split: str, number: int) -> str:
 
 def index_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".idx"
+
+
+def hashes_name(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".hashes"
+
+
+def is_shard_file(name: str) -> bool:
+    """Whether a file's name is one of a shard: its tar, index or hashes."""
+    return name.endswith((".tar", ".idx", ".hashes"))
 
 
 def load_manifest(root: str | Path, corpus: str, split: str) -> Manifest:
@@ -215,7 +251,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
             )
         manifest = Manifest.model_validate_json(content)
     except (ValidationError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DigSegError(f"{where} is damaged ({str(error).splitlines()[0]}); make the shards again") from error
+        raise DigSegError(f"{where} is damaged ({_reason(error)}); make the shards again") from error
     if manifest.with_digest().digest != manifest.digest:
         raise DigSegError(f"{where} was changed by hand: its digest does not match; make the shards again")
     return manifest
@@ -279,18 +315,25 @@ def parse_index(content: bytes, where: str) -> list[IndexEntry]:
         raise DigSegError(f"{where} is damaged ({error}); run data_prep/shard.py again to mend it") from error
 
 
-def shard_problem(storage: Storage, folder: str, shard: ShardEntry) -> str | None:
-    """Why a shard's files differ from the manifest (missing, other size or sha256), None where they agree."""
-    for name, digest in ((shard.name, shard.sha256), (index_name(shard.name), shard.index_sha256)):
+def parse_hashes(content: bytes, where: str) -> list[ImageHashes]:
+    """The lines of a hashes file, as the samples lie in the tar; ``where`` names it in errors."""
+    try:
+        return [ImageHashes.model_validate_json(line) for line in content.splitlines()]
+    except ValidationError as error:
+        raise DigSegError(f"{where} is damaged ({_reason(error)}); run data_prep/shard.py again to mend it") from error
+
+
+def shard_problems(storage: Storage, folder: str, shard: ShardEntry) -> Iterator[str]:
+    """How a shard's files differ from what the manifest says of them: missing, other size or sha256."""
+    for name, digest in shard.digests().items():
         path = f"{folder}/{name}"
         size = storage.size(path)
         if size is None:
-            return f"{storage.url(path)} is missing"
-        if name == shard.name and size != shard.bytes:
-            return f"{storage.url(path)} has {size} bytes, the manifest says {shard.bytes}"
-        if sha256_of(storage, path, size) != digest:
-            return f"{storage.url(path)} has another sha256 than the manifest says"
-    return None
+            yield f"{storage.url(path)} is missing"
+        elif name == shard.name and size != shard.bytes:
+            yield f"{storage.url(path)} has {size} bytes, the manifest says {shard.bytes}"
+        elif sha256_of(storage, path, size) != digest:
+            yield f"{storage.url(path)} has another sha256 than the manifest says"
 
 
 def sha256_of(storage: Storage, path: str, size: int, block: int = 8 << 20) -> str:
@@ -299,6 +342,10 @@ def sha256_of(storage: Storage, path: str, size: int, block: int = 8 << 20) -> s
     for start in range(0, size, block):
         digest.update(storage.read_range(path, start, min(start + block, size)))
     return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 _HOW_TO_MAKE = "make them with: python data_prep/shard.py --corpus NAME --root DIR --split SPLIT --out ROOT"

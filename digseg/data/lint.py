@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,15 +13,19 @@ from digseg.console import progress
 from digseg.data.corpus import CorruptSampleError, decode_sample, read_stored
 from digseg.data.format import (
     MANIFEST_NAME,
+    REJECTED_NAME,
     IndexEntry,
     Manifest,
     ShardEntry,
     Statistics,
+    hashes_name,
     index_name,
+    is_shard_file,
+    parse_hashes,
     parse_header,
     parse_index,
     parse_manifest,
-    shard_problem,
+    shard_problems,
     split_folders,
     split_path,
 )
@@ -41,9 +46,10 @@ class LintReport:
 def lint_shards(root: str | Path) -> LintReport:
     """Verify all splits of all corpora below a root (a folder or fsspec URL); nothing is changed.
 
-    Checked are the manifest's digest; presence, size and sha256 of every shard and index; the index' agreement with
-    both; that every sample's image and mask decode, are of one size, and hold no id outside the vocabulary; that no
-    key comes twice; the manifest's statistics; and tars that no manifest knows. One sample is in memory at a time.
+    Checked are the manifest's digest; presence, size and sha256 of every shard, its index and hashes, and of the list
+    of rejected samples; the index' agreement with shard and hashes; that every sample's image and mask decode, are of
+    one size, and hold no id outside the vocabulary; that no key comes twice; the manifest's statistics; and files of
+    shards that no manifest knows. One sample is in memory at a time.
 
     Raises:
         DigSegError: there are no shards below the root.
@@ -53,11 +59,14 @@ def lint_shards(root: str | Path) -> LintReport:
     for folder in split_folders(storage):
         report.splits += 1
         path = f"{folder}/{MANIFEST_NAME}"
+        content = storage.read(path)
         try:
-            manifest = parse_manifest(storage.read(path), storage.url(path))
+            manifest = parse_manifest(content, storage.url(path))
         except DigSegError as error:
             report.problems.append(str(error))
             continue
+        if content != manifest.to_json():
+            report.problems.append(f"{storage.url(path)} was changed by hand: it says the same in other bytes")
         report.problems += _Split(storage, folder, manifest, report).problems()
     return report
 
@@ -83,16 +92,25 @@ class _Split:
         # Counts of what could not be read would only repeat that it could not be read.
         if not damaged and self._counted != manifest.statistics:
             yield f"{url}: its statistics are not those of the masks"
-        known = {name for shard in manifest.shards for name in (shard.name, index_name(shard.name))}
+        yield from self._rejected()
+        known = {name for shard in manifest.shards for name in shard.digests()}
         for name in self._storage.files(self._folder):
-            if name.endswith((".tar", ".idx")) and name not in known:
+            if is_shard_file(name) and name not in known:
                 yield f"{self._storage.url(f'{self._folder}/{name}')} is not in the manifest"
+
+    def _rejected(self) -> Iterator[str]:
+        path = f"{self._folder}/{REJECTED_NAME}"
+        try:
+            content = self._storage.read(path)
+        except FileNotFoundError:
+            yield f"{self._storage.url(path)} is missing"
+            return
+        if hashlib.sha256(content).hexdigest() != self._manifest.rejected_sha256:
+            yield f"{self._storage.url(path)} has another sha256 than the manifest says"
 
     def _shard(self, shard: ShardEntry) -> Iterator[str]:
         tar, index = f"{self._folder}/{shard.name}", f"{self._folder}/{index_name(shard.name)}"
-        problem = shard_problem(self._storage, self._folder, shard)
-        if problem:
-            yield problem
+        yield from shard_problems(self._storage, self._folder, shard)
         try:
             content = self._storage.read(index)
             entries = parse_index(content, self._storage.url(index))
@@ -106,6 +124,7 @@ class _Split:
             yield f"{self._storage.url(index)}: its first line does not fit the lines below it or the manifest"
         if len(entries) != shard.samples:
             yield f"{self._storage.url(index)} lists {len(entries)} samples, the manifest says {shard.samples}"
+        yield from self._hashes(shard, entries)
         if self._storage.size(tar) is None:
             return
         for entry in entries:
@@ -113,6 +132,18 @@ class _Split:
             reason = self._sample(tar, entry)
             if reason:
                 yield reason
+
+    def _hashes(self, shard: ShardEntry, entries: Sequence[IndexEntry]) -> Iterator[str]:
+        path = f"{self._folder}/{hashes_name(shard.name)}"
+        try:
+            lines = parse_hashes(self._storage.read(path), self._storage.url(path))
+        except FileNotFoundError:
+            return  # said above
+        except DigSegError as error:
+            yield str(error)
+            return
+        if [line.key for line in lines] != [entry.key for entry in entries]:
+            yield f"{self._storage.url(path)} is not of the samples that the index lists"
 
     def _sample(self, tar: str, entry: IndexEntry) -> str | None:
         """What is wrong with a sample; its statistics are kept where nothing is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ from typing import Any
 import fsspec
 
 from digseg.errors import DigSegError
+
+TEMPORARY_SUFFIX = ".part"
+"""How the names end of files that are being written; one that was cut short leaves such a file behind."""
+
+_SETTINGS = ("AWS_", "FSSPEC_", "GOOGLE_", "GCSFS_", "STORAGE_EMULATOR_HOST", "AZURE_")
+"""How the names begin of environment variables that remote file systems read endpoint and credentials from."""
 
 
 class Storage:
@@ -32,6 +39,30 @@ class Storage:
     def url(self, path: str) -> str:
         """The full name of a file below the root, for messages and for opening it elsewhere."""
         return f"{self.root}/{path}" if path else self.root
+
+    def environment(self) -> dict[str, str]:
+        """The variables of this process' environment that another needs to open a remote root; none of a local one."""
+        if self.is_local:
+            return {}
+        return {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
+
+    def check_writable(self) -> None:
+        """Write an empty file and remove it again; a local root need not exist yet and is not made.
+
+        Raises:
+            DigSegError: the root is no place where files can be written, with the reason.
+        """
+        try:
+            if self.is_local:
+                folder = Path(self.root)
+                existing = next(path for path in (folder, *folder.parents) if path.exists())
+                with tempfile.TemporaryFile(dir=existing):
+                    return
+            probe = self.url(f".write-check-{uuid.uuid4().hex[:12]}")
+            self._fs().pipe_file(probe, b"")
+            self._fs().rm_file(probe)
+        except Exception as error:  # every remote file system has errors of its own
+            raise DigSegError(f"{self.root} cannot be written: {error}") from error
 
     def read(self, path: str) -> bytes:
         """All bytes of a file. Raises FileNotFoundError."""
@@ -73,6 +104,8 @@ class Storage:
             listing = self._fs().ls(self.url(path), detail=True)
         except FileNotFoundError:
             return []
+        except Exception as error:  # every remote file system has errors of its own
+            raise DigSegError(f"{self.url(path)} cannot be listed: {error}") from error
         return sorted(Path(entry["name"]).name for entry in listing if entry["type"] == kind)
 
     def remove(self, path: str) -> None:
@@ -87,8 +120,11 @@ class Storage:
         if self.is_local:
             target = Path(self.url(path))
             temporary = self._temporary(target)
-            temporary.write_bytes(content)
-            temporary.replace(target)
+            try:
+                temporary.write_bytes(content)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
         else:
             self._fs().pipe_file(self.url(path), content)
 
@@ -106,12 +142,12 @@ class Storage:
         """A new local name to build ``path`` under before :meth:`publish`; on its disk if that is local."""
         if self.is_local:
             return self._temporary(Path(self.url(path)))
-        return self._temporary(Path(os.environ.get("TMPDIR", "/tmp")) / Path(path).name)
+        return self._temporary(Path(tempfile.gettempdir()) / Path(path).name)
 
     @staticmethod
     def _temporary(target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
-        return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.part")
+        return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
 
     def _fs(self) -> Any:
         if self._remote_pid != os.getpid():

@@ -111,11 +111,9 @@ def _view(root: str | Path, manifest: Manifest, samples_per_split: int) -> _Spli
 
 def _rejected(root: str | Path, manifest: Manifest) -> list[Rejected]:
     storage, path = Storage(root), f"{split_path(manifest.corpus, manifest.split)}/{REJECTED_NAME}"
-    if storage.size(path) is None:
-        return []
     try:
         return [Rejected.model_validate_json(line) for line in storage.read(path).splitlines()]
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise DigSegError(f"{storage.url(path)} is damaged ({reason}); run data_prep/shard.py again") from error
 

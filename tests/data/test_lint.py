@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from shard_writing import noise_samples, write_split
 
 from digseg.cli import main
-from digseg.data.format import Manifest
+from digseg.data.format import REJECTED_NAME, Manifest, Rejected, hashes_name
 from digseg.data.lint import lint_shards
 from digseg.errors import DigSegError
 
@@ -67,6 +68,8 @@ def test_remote_shards_pass() -> None:
         (lambda root: _file(root, "tar").write_bytes(_file(root, "tar").read_bytes()[:9000]), ["has 9000 bytes"]),
         (lambda root: _file(root, "tar", 1).unlink(), ["000001.tar is missing"]),
         (lambda root: _file(root, "idx", 1).unlink(), ["000001.idx is missing"]),
+        (lambda root: _file(root, "hashes", 1).unlink(), ["000001.hashes is missing"]),
+        (lambda root: (root / "shore/train/rejected.jsonl").unlink(), ["rejected.jsonl is missing"]),
         (lambda root: _flip(_file(root, "idx"), -3), ["another sha256"]),
         (
             lambda root: _file(root, "idx").write_bytes(
@@ -95,6 +98,41 @@ def test_damage_is_named_and_ends_with_code_1(
     assert "problems; run data_prep/shard.py again" in printed
 
 
+@pytest.mark.parametrize("kind", ["*.tar", "*.idx", "*.hashes", "manifest.json", "rejected.jsonl"])
+@pytest.mark.parametrize("place", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_one_changed_byte_in_any_file_is_found(
+    root: Path, kind: str, place: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = Rejected(key="k99", image="a.png", masks=("b.png",), reason="no mask").model_dump_json().encode() + b"\n"
+    (root / "shore/train" / REJECTED_NAME).write_bytes(lines)
+    _edited(root, rejected=1, rejected_sha256=hashlib.sha256(lines).hexdigest())
+    main(["shards", "lint", str(root)])
+    victim = sorted((root / "shore/train").glob(kind))[-1]
+    _flip(victim, round(place * (victim.stat().st_size - 1)))
+    with pytest.raises(SystemExit) as stopped:
+        main(["shards", "lint", str(root)])
+    assert stopped.value.code == 1
+    assert str(victim) in capsys.readouterr().out
+
+
+def test_a_manifest_holds_no_byte_but_what_was_written(root: Path) -> None:
+    path = root / "shore/train/manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
+    (problem,) = lint_shards(root).problems
+    assert f"{path} was changed by hand" in problem
+
+
+def test_hashes_of_other_samples_are_named(root: Path) -> None:
+    train = root / "shore/train"
+    manifest = Manifest.model_validate_json((train / "manifest.json").read_bytes())
+    first, second, third = manifest.shards
+    content = (train / hashes_name(second.name)).read_bytes()
+    (train / hashes_name(first.name)).write_bytes(content)
+    _edited(root, shards=(first.model_copy(update={"hashes_sha256": second.hashes_sha256}), second, third))
+    problems = lint_shards(root).problems
+    assert any("000000.hashes is not of the samples that the index lists" in problem for problem in problems)
+
+
 def test_statistics_are_counted_again(root: Path) -> None:
     manifest = Manifest.model_validate_json((root / "shore/train/manifest.json").read_bytes())
     pixels = manifest.statistics.class_pixels
@@ -116,7 +154,7 @@ def test_mask_of_another_size_and_a_key_twice_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "shore/train"
     manifest = json.loads((folder / "manifest.json").read_text())
     first, second = manifest["shards"]
-    for kind in ("tar", "idx"):
+    for kind in ("tar", "idx", "hashes"):
         (folder / second["name"]).with_suffix(f".{kind}").write_bytes(
             (folder / first["name"]).with_suffix(f".{kind}").read_bytes()
         )

@@ -37,6 +37,7 @@ def manifest(
         ignore_id=ignore_id(len(vocabulary)),
         samples=1,
         rejected=0,
+        rejected_sha256="0" * 64,
         shards=(),
         statistics=Statistics(
             class_pixels=pixels,

@@ -98,7 +98,7 @@ def test_writing_twice_gives_the_same_bytes(root: Path, tmp_path_factory: pytest
     other = tmp_path_factory.mktemp("again")
     write_split(other, "shore", SAMPLES, VOCABULARY)
     files = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    assert len(files) == 7
+    assert len(files) == 11
     assert all((root / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
@@ -204,7 +204,7 @@ def test_manifest_changed_by_hand_is_refused(root: Path) -> None:
         load_manifest(root, "shore", "train")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 2}'])
 def test_damaged_manifest_is_refused(root: Path, content: str) -> None:
     (root / "shore/train/manifest.json").write_text(content)
     with pytest.raises(DigSegError, match="is damaged"):
@@ -213,8 +213,8 @@ def test_damaged_manifest_is_refused(root: Path, content: str) -> None:
 
 def test_manifest_of_another_format_version_is_refused(root: Path) -> None:
     path = root / "shore/train/manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(DigSegError, match="format_version is 2"):
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(DigSegError, match="format_version is 3"):
         load_manifest(root, "shore", "train")
 
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.shard import shard_corpus
-from data_prep.shard_job import plan_shards
+from data_prep.shard import plan_split, shard_corpus
+from data_prep.shard_job import make_shard, plan_shards
 from digseg.cluster.runtime import ray_session
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import load_manifest
@@ -120,7 +121,7 @@ def test_sharding_twice_gives_identical_files(garden: Path, tmp_path: Path, ray_
     for path in moved.rglob("*.png"):
         path.touch()
     shard(moved, tmp_path / "two")
-    assert len(sha256s(tmp_path / "one")) == 8
+    assert len(sha256s(tmp_path / "one")) == 11
     assert sha256s(tmp_path / "one") == sha256s(tmp_path / "two")
 
 
@@ -272,6 +273,7 @@ BAD_JOBS: dict[str, tuple[Callable[[Path], object], dict[str, str], str]] = {
     "no mask at all": (no_masks, {}, "none of 8 samples can be used"),
     "bad name": (lambda root: None, {"--name": "a/b"}, "use letters, digits"),
     "no samples in a shard": (lambda root: None, {"--samples-per-shard": "0"}, "must be at least 1"),
+    "out cannot be made": (lambda root: None, {"--out": "/proc/shards"}, "/proc/shards cannot be written"),
     "out is a file": (lambda root: (root.parent / "file").touch(), {"--out": "file/out"}, "cannot be written"),
 }
 
@@ -290,6 +292,18 @@ def test_bad_job_stops_with_its_message_and_exit_code_2_before_it_writes(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_disk_that_takes_no_more_is_a_clear_error_and_keeps_no_half_shard(garden: Path, tmp_path: Path) -> None:
+    plan = plan_split("folder", garden, "train", tmp_path / "out", samples_per_shard=8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(DigSegError, match=r"^cannot write .*garden-train-000000\.tar: .*File too large"):
+            make_shard(plan.jobs[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.cluster

@@ -1,0 +1,95 @@
+"""kill -9 in the middle of sharding: running it again ends with the bytes of a job that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from killed_sharding import contents
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SAMPLES = 24
+KILLS = 10
+TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="module")
+def garden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder corpus of small images, one of them without a mask."""
+    root = tmp_path_factory.mktemp("killed") / "garden"
+    pixels = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (root / folder / "train").mkdir(parents=True)
+    (root / "classes.yaml").write_text("name: garden\nclasses: [path, grass]\ndomain: natural\nlicence: CC0-1.0\n")
+    for number in range(SAMPLES):
+        image = pixels.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(image).save(root / f"images/train/plot{number}.jpg")
+        Image.fromarray(pixels.integers(0, 2, (48, 64), dtype=np.uint8)).save(root / f"masks/train/plot{number}.png")
+    (root / "masks/train/plot7.png").unlink()
+    return root
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_kill_before_any_file_operation_leaves_what_the_next_run_completes(garden: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("killed_sharding.py")), str(garden), str(tmp_path / "out")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *disturbed, undisturbed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    # Two shards of three files, two lists: each is opened under another name and renamed at least.
+    assert len(undisturbed) == 8
+    assert len(disturbed) > 2 * 8
+    assert [files for files in disturbed if files != undisturbed] == []
+
+
+@pytest.mark.cluster
+def test_job_killed_ten_times_ends_with_the_bytes_of_an_undisturbed_one(garden: Path, tmp_path: Path) -> None:
+    job = [sys.executable, "data_prep/shard.py", "--corpus", "folder", "--root", str(garden), "--split", "train"]
+    job += ["--samples-per-shard", "1", "--out"]
+    subprocess.run([*job, str(tmp_path / "calm")], cwd=REPOSITORY, env=environment(), check=True)
+    calm = contents(tmp_path / "calm")
+    # So few that the last of the jobs still has work to do when it is killed.
+    moments = random.Random(0)
+    for _ in range(KILLS):
+        _kill_after(moments.randint(1, len(calm) // (2 * KILLS)), job, tmp_path / "out")
+    subprocess.run([*job, str(tmp_path / "out")], cwd=REPOSITORY, env=environment(), check=True)
+    assert contents(tmp_path / "out") == calm
+
+
+def _kill_after(new_files: int, job: list[str], out: Path) -> None:
+    """Run the job and kill -9 it and all processes of its Ray session once it has written ``new_files`` files."""
+    before = _count(out)
+    running = subprocess.Popen(
+        [*job, str(out)], cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + TIMEOUT_S
+    while running.poll() is None and _count(out) < before + new_files:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    processes = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
+    assert len(processes) > 2
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    psutil.wait_procs(processes)
+
+
+def _count(out: Path) -> int:
+    return sum(path.is_file() for path in out.rglob("*"))
