@@ -33,8 +33,8 @@ _LOSSY = 32
 """How far JPEG may drive the channels of a grey pixel apart."""
 _GREY_MODES = ("1", "L", "I", "I;16", "I;16B", "I;16L")
 _MODES = {"grey": _GREY_MODES, "matlab": _GREY_MODES, "palette": ("P",), "index": (*_GREY_MODES, "P")}
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What PIL raises on damaged files: truncated data, broken chunks, absurd sizes."""
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
+"""What PIL raises on damaged files: truncated data, broken chunks."""
 
 
 class BadSample(Exception):  # noqa: N818 - the name says what it is about, not what went wrong
@@ -109,6 +109,8 @@ def _open(path: Path, what: str) -> tuple[Image.Image, bytes]:
         image.load()
     except UnidentifiedImageError as error:
         raise BadSample(f"{what} {path.name} is no image file that can be identified") from error
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"{what} {path.name} is too large to decode: {error}") from error
     except _DECODING_ERRORS as error:
         raise BadSample(f"{what} {path.name} is damaged or truncated: {error}") from error
     return image, data

@@ -95,6 +95,11 @@ def test_file_that_is_no_image(root: Path) -> None:
     assert reason(root, "b") == "image b.png is no image file that can be identified"
 
 
+def test_image_beyond_the_decoder_s_limit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    assert reason(root, "b").startswith("image b.png is too large to decode: Image size (512 pixels) exceeds limit")
+
+
 def test_empty_file(root: Path) -> None:
     (root / "masks/train/b.png").write_bytes(b"")
     assert reason(root, "b") == "mask b.png is no image file that can be identified"

@@ -100,6 +100,19 @@ def test_pascal_context_has_background_as_a_class_or_to_ignore(tmp_path: Path) -
     assert (len(without.vocabulary), without.vocabulary[0], without.vocabulary[58]) == (59, "aeroplane", "wood")
 
 
+def test_pascal_context_as_distributed_ignores_the_rarer_of_459_classes(tmp_path: Path) -> None:
+    save(tmp_path / "VOC2010/JPEGImages/2008_000002.jpg", photo(1, 4))
+    (tmp_path / "trainval").mkdir()
+    savemat(tmp_path / "trainval/2008_000002.mat", {"LabelMap": np.array([[1, 2, 284, 458]], np.uint16)})
+    (tmp_path / "VOC2010/ImageSets/Main").mkdir(parents=True)
+    (tmp_path / "VOC2010/ImageSets/Main/train.txt").write_text("")
+    (tmp_path / "VOC2010/ImageSets/Main/val.txt").write_text("2008_000002\n")
+    corpus = load_corpus("pascal_context59_matlab", tmp_path)
+    labels = ids(corpus, "val", "2008_000002")[0]
+    assert [corpus.vocabulary[i] if i < 255 else None for i in labels] == [None, "aeroplane", "person", "wood"]
+    assert corpus.vocabulary == load_corpus("pascal_context59", tmp_path).vocabulary
+
+
 def test_kvasir_thresholds_masks_stored_as_colour_jpeg(tmp_path: Path) -> None:
     polyp = np.zeros((16, 24), bool)
     polyp[4:12, 5:19] = True
@@ -250,6 +263,7 @@ def test_crop_and_weed_counts_vegetation_as_a_class_and_holds_back_whole_recordi
     for name in ("ave-0035-0001", "ave-0035-0002", "vwg-0040-0003", "vwg-0040-0001"):
         save(tmp_path / f"images/{name}.jpg", photo(1, 5))
         save(tmp_path / f"labelIds/CropAndWeed/{name}.png", [[0, 1, 54, 80, 255]])
+    save(tmp_path / "images/vwg-0040-0001.jpg", photo(1, 5), orientation=3)
     save(tmp_path / "labelIds/CropOrWeed2/ave-0035-0001.png", [[2, 0, 1, 1, 2]])
     corpus = load_corpus("cropandweed", tmp_path)
     assert keys(corpus, "val") == ["ave-0035-0001", "ave-0035-0002"]
@@ -258,6 +272,9 @@ def test_crop_and_weed_counts_vegetation_as_a_class_and_holds_back_whole_recordi
     assert [corpus.vocabulary[i] for i in (soil, maize, vegetation)] == ["soil", "maize", "vegetation"]
     assert {corpus.vocabulary[i] for i in hedge} == {"hedge mustard"}
     assert len(corpus.vocabulary) == 100
+    upright, turned = (corpus.read(corpus.list(split)[0]) for split in ("val", "train"))
+    assert np.array_equal(turned.image, upright.image[::-1, ::-1])  # by EXIF orientation; the mask is upright already
+    assert np.array_equal(turned.mask, upright.mask)
 
     variant = load_corpus("cropandweed_crop_or_weed", tmp_path)
     assert ids(variant, "val", "ave-0035-0001") == [[0, 1, 2, 2, 0]]
