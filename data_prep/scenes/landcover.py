@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
-from data_prep.scenes.paint import Bool, Canvas, Float, Rng, UInt8, grid, hsv, noise, photograph, textured
+from data_prep.scenes.paint import Bool, Canvas, Float, Rng, UInt8, grid, hsv, noise, overlap, photograph, textured
 
 # LoveDA mask values
 NO_DATA, BACKGROUND, BUILDING, ROAD, WATER, BARREN, FOREST, AGRICULTURAL = range(8)
@@ -185,7 +185,6 @@ def _buildings(rng: Rng, canvas: Canvas, roads: Bool, urban: bool, turn: float) 
         half_long, half_wide = rng.uniform(5, 17) if urban else rng.uniform(4, 11), rng.uniform(3.5, 8.0)
         reach = int(np.hypot(half_long, half_wide)) + 2
         top, left = int(y) - reach, int(x) - reach
-        part = np.s_[max(top, 0) : top + 2 * reach + 1, max(left, 0) : left + 2 * reach + 1]
         if clearance[min(int(y), size - 1), min(int(x), size - 1)] < half_wide + 1.5:
             continue
         angle = turn + rng.choice([0.0, np.pi / 2]) + rng.normal(0, 0.03)
@@ -195,12 +194,10 @@ def _buildings(rng: Rng, canvas: Canvas, roads: Bool, urban: bool, turn: float) 
         block = (abs(u) < half_long) & (abs(v) < half_wide)
         if rng.random() < 0.25:
             block &= ~((u > 0) & (v > 0))
-        inside = np.s_[
-            max(-top, 0) : max(-top, 0) + taken[part].shape[0], max(-left, 0) : max(-left, 0) + taken[part].shape[1]
-        ]
-        if (taken[part] & block[inside]).any():
+        here, part = overlap(top, left, block.shape, taken.shape)
+        if (taken[here] & block[part]).any():
             continue
-        taken[part] |= block[inside]
+        taken[here] |= block[part]
         high = rng.uniform(1.5, 7.0)
         for step in np.linspace(0.3, 1.0, 4):
             down, right = round(high * step * np.sin(sun)), round(high * step * np.cos(sun))

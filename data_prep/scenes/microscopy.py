@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
-from data_prep.scenes.paint import Bool, Float, Rng, UInt8, blend, grid, hsv, noise, photograph, textured
+from data_prep.scenes.paint import Bool, Float, Rng, UInt8, blend, grid, hsv, noise, overlap, photograph, textured
 
 
 def paint_nuclei(rng: Rng, size: int) -> tuple[UInt8, list[Bool]]:
@@ -25,12 +25,6 @@ def paint_nuclei(rng: Rng, size: int) -> tuple[UInt8, list[Bool]]:
     else:
         image = _transmitted(rng, size, masks)
     return photograph(rng, image, (0.4, 1.1), (0.008, 0.04)), masks
-
-
-def paint_nuclei_union(rng: Rng, size: int) -> tuple[UInt8, UInt8]:
-    """As :func:`paint_nuclei`, with one mask uint8 [H, W] of 0 and 1 for all nuclei."""
-    image, masks = paint_nuclei(rng, size)
-    return image, np.any(masks, axis=0).astype(np.uint8)
 
 
 def _nuclei(rng: Rng, size: int) -> list[Bool]:
@@ -71,9 +65,8 @@ def _outline(rng: Rng, size: int, y: float, x: float, radius: float) -> Bool:
         edge += rng.normal(0, 0.09 / k) * np.cos(k * theta + rng.uniform(0, 2 * np.pi))
     inside = np.hypot(along, across) < radius * edge
     whole = np.zeros((size, size), bool)
-    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + 2 * reach + 1, size), min(left + 2 * reach + 1, size)
-    if y0 < y1 and x0 < x1:
-        whole[y0:y1, x0:x1] = inside[y0 - top : y1 - top, x0 - left : x1 - left]
+    here, part = overlap(top, left, inside.shape, whole.shape)
+    whole[here] = inside[part]
     return whole
 
 

@@ -48,24 +48,31 @@ class Canvas:
 
         The label changes where the patch hides more than half of what is below it.
         """
-        h, w = alpha.shape
-        y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + h, self.height), min(left + w, self.width)
-        if y0 >= y1 or x0 >= x1:
-            return
-        part = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
+        here, part = overlap(top, left, alpha.shape, self.labels.shape)
         cut = alpha[part][..., None]
         paint = colour[part] if colour.ndim == 3 else colour
-        self.image[y0:y1, x0:x1] += cut * (paint - self.image[y0:y1, x0:x1])
+        self.image[here] += cut * (paint - self.image[here])
         if label is not None:
-            self.labels[y0:y1, x0:x1][cut[..., 0] > 0.5] = label
+            self.labels[here][cut[..., 0] > 0.5] = label
 
     def shade(self, top: int, left: int, factor: Float) -> None:
         """Multiply a patch [h, w] of light into the picture (shadows), cut at its borders."""
-        h, w = factor.shape
-        y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + h, self.height), min(left + w, self.width)
-        if y0 < y1 and x0 < x1:
-            part = factor[y0 - top : y1 - top, x0 - left : x1 - left]
-            self.image[y0:y1, x0:x1] *= part[..., None]
+        here, part = overlap(top, left, factor.shape, self.labels.shape)
+        self.image[here] *= factor[part][..., None]
+
+
+Window = tuple[slice, slice]
+
+
+def overlap(top: int, left: int, patch: tuple[int, ...], picture: tuple[int, ...]) -> tuple[Window, Window]:
+    """Where a patch [h, w] laid at (top, left) covers a picture [H, W]: that part of the picture, that of the patch.
+
+    Both are empty where they do not meet.
+    """
+    starts = max(top, 0), max(left, 0)
+    stops = max(min(top + patch[0], picture[0]), starts[0]), max(min(left + patch[1], picture[1]), starts[1])
+    here = slice(starts[0], stops[0]), slice(starts[1], stops[1])
+    return here, (slice(starts[0] - top, stops[0] - top), slice(starts[1] - left, stops[1] - left))
 
 
 def noise(rng: Rng, height: int, width: int, cell: float, octaves: int = 3, stretch: float = 1.0) -> Float:

@@ -124,7 +124,7 @@ def _sky(rng: Rng, canvas: Canvas, view: _View) -> None:
     else:  # evening
         top, low = hsv(rng.uniform(0.58, 0.72), 0.4, 0.55), hsv(rng.uniform(0.03, 0.12), 0.5, 1.0)
     ramp = np.clip(view.rows / view.horizon, 0.0, 1.0) ** 1.3
-    sky = blend(top, low, ramp) if ramp.ndim else top
+    sky = blend(top, low, ramp)
     clouds = 1 / (1 + np.exp(-3.0 * (noise(rng, height, width, 40, 5, 2.5) - rng.uniform(-0.3, 1.6))))
     cloud_colour = hsv(rng.uniform(0, 1), 0.05, rng.uniform(0.6, 1.0))
     canvas.image[:] = blend(sky, cloud_colour, (clouds * 0.85).astype(np.float32)) * (0.25 + 0.75 * view.light)

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.corpora import load_corpus
 from data_prep.sample_corpora import draw_sample_corpora
+from data_prep.scenes.paint import overlap
 from digseg.errors import DigSegError
 
 IMAGES, SIZE = 15, 96
@@ -128,3 +131,17 @@ def test_a_draw_that_dies_leaves_nothing_under_the_name(tmp_path: Path, monkeypa
 def test_arguments_out_of_range_are_refused(tmp_path: Path, images: int, seed: int, size: int, message: str) -> None:
     with pytest.raises(DigSegError, match=message):
         draw_sample_corpora(tmp_path / "out", images, seed, size)
+
+
+@given(top=st.integers(-9, 9), left=st.integers(-9, 9), height=st.integers(1, 6), width=st.integers(1, 6))
+def test_a_patch_covers_the_pixels_it_has_in_common_with_the_picture(
+    top: int, left: int, height: int, width: int
+) -> None:
+    patch = np.arange(1, height * width + 1).reshape(height, width)
+    picture, expected = np.zeros((5, 7), int), np.zeros((5, 7), int)
+    for (row, column), value in np.ndenumerate(patch):
+        if 0 <= top + row < 5 and 0 <= left + column < 7:
+            expected[top + row, left + column] = value
+    here, part = overlap(top, left, patch.shape, picture.shape)
+    picture[here] = patch[part]
+    assert np.array_equal(picture, expected)
