@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from digseg.config import Config
+from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -99,3 +100,13 @@ def data_config(root: str | Path, corpora: Sequence[Mapping[str, Any]], batch: i
             "training": {"steps": 4, "global_batch_size": batch},
         }
     )
+
+
+def damage_samples(root: str | Path, corpus: str, samples: Iterable[int], split: str = "train") -> None:
+    """Flip a byte in each of the samples of a split."""
+    opened = ShardedCorpus(root, corpus, split)
+    for number in samples:
+        stored = opened.stored(number)
+        content = bytearray(Path(stored.where).read_bytes())
+        content[stored.entry.start + 600] ^= 0xFF
+        Path(stored.where).write_bytes(content)

@@ -141,8 +141,8 @@ class DataConfig(Section):
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 1.5)  # ... times this
     flip: bool = True
     colour_jitter: Unit = 0.2
-    workers: NonNegative = 0  # DataLoader processes per rank; 0 reads in the training process
-    prefetch: Positive = 2  # batches ahead, per DataLoader process
+    workers: NonNegative = 0  # DataLoader processes per rank; 0 reads in a thread of the training process
+    prefetch: Positive = 2  # batches ahead, per DataLoader process or of the thread
     decoded_cache_mb: NonNegative = 0  # per process
     max_corrupt: NonNegative = 100  # samples that may be unreadable before the run stops
     queries: QueriesConfig = QueriesConfig()

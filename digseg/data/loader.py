@@ -7,9 +7,10 @@ resumes from its step alone, with any number of ranks or loader processes.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import ForkServerContext
@@ -23,8 +24,6 @@ from digseg.data.queries import class_weights
 from digseg.data.training_data import TrainingData, TrainingSample
 from digseg.errors import DigSegError
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass
 class Batch:
@@ -33,8 +32,8 @@ class Batch:
     images float32 [B, 3, H, W] in [-1, 1]; labels int64 [B, H, W], slot in the row's query, 255 = ignored;
     query_ids int64 [B, K] into the table of names, -1 where padded; colour_ids int64 [B, K] into the
     palette, 0 where padded; class_weights float32 [B, K], 1 where padded or foreign; positions int64 [B],
-    always on the CPU; keys are ``corpus/split/key``; corrupt names samples that could not be read and were
-    replaced.
+    always on the CPU; keys are ``corpus/split/key``; corrupt says of samples that could not be read and were
+    replaced (by such a key) why.
     """
 
     images: torch.Tensor
@@ -44,7 +43,7 @@ class Batch:
     class_weights: torch.Tensor
     positions: torch.Tensor
     keys: list[str]
-    corrupt: list[str]
+    corrupt: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -63,34 +62,37 @@ class Batch:
             part = slice(start, start + size)
             yield Batch(
                 **{field.name: getattr(self, field.name)[part] for field in dataclasses.fields(self)[:-1]},
-                corrupt=self.corrupt if start == 0 else [],
+                corrupt=self.corrupt if start == 0 else {},
             )
 
 
 def training_batches(
     data: TrainingData, config: Config, rank: int, world_size: int, start_step: int, steps: int
 ) -> Iterator[Batch]:
-    """The batches of steps [start_step, start_step + steps) of one rank, each of global_batch_size /
-    world_size.
+    """The batches of steps [start_step, start_step + steps) of one rank, each of global_batch_size / world_size.
+
+    They are made ahead of need, by ``data.workers`` processes or a thread.
 
     Raises:
-        DigSegError: the world does not divide the batch, or more than ``data.max_corrupt`` samples are
-            unreadable.
+        DigSegError: the world does not divide the batch.
     """
     positions = StepPositions(config.training.global_batch_size, rank, world_size, start_step, steps)
-    corrupt: set[str] = set()
-    for batch in _loader(data, config, positions):
-        for reason in batch.corrupt:
-            if reason not in corrupt:
-                _log.warning("unreadable and replaced: %s", reason)
-        corrupt.update(batch.corrupt)
-        if len(corrupt) > config.data.max_corrupt:
-            raise DigSegError(
-                f"{len(corrupt)} samples could not be read (data.max_corrupt is "
-                f"{config.data.max_corrupt}), the last: {batch.corrupt[-1]}; mend the shards with "
-                "data_prep/shard.py or raise data.max_corrupt"
-            )
-        yield batch
+    batches = _loader(data, config, positions)
+    # Loader processes work ahead by themselves.
+    return iter(batches) if config.data.workers else _ahead(batches, config.data.prefetch)
+
+
+def _ahead(batches: Iterable[Batch], number: int) -> Iterator[Batch]:
+    """The same batches, up to ``number`` of them made in advance by a thread."""
+    iterator = iter(batches)
+    thread = ThreadPoolExecutor(1, "batches")
+    try:
+        coming = deque(thread.submit(next, iterator, None) for _ in range(number))
+        while (batch := coming.popleft().result()) is not None:
+            coming.append(thread.submit(next, iterator, None))
+            yield batch
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class _Positions(Dataset[TrainingSample]):
         return self._data.sample(position)
 
 
-def _loader(data: TrainingData, config: Config, positions: StepPositions) -> DataLoader[TrainingSample]:
+def _loader(data: TrainingData, config: Config, positions: StepPositions) -> Iterable[Batch]:
     workers = config.data.workers
     return DataLoader(
         _Positions(data),
@@ -171,5 +173,5 @@ def collate(samples: Sequence[TrainingSample], exponent: float, maximum: float) 
         class_weights=torch.from_numpy(weights),
         positions=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
         keys=[sample.key for sample in samples],
-        corrupt=[reason for sample in samples for reason in sample.corrupt],
+        corrupt={key: reason for sample in samples for key, reason in sample.corrupt.items()},
     )

@@ -6,7 +6,6 @@ after which other.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,6 @@ from digseg.data.queries import Query, class_frequencies, draw_query, name_table
 from digseg.data.transforms import TransformSettings
 from digseg.errors import DigSegError
 
-_log = logging.getLogger(__name__)
-
 # Independent random streams of one position: the query must not change with the image's size.
 _QUERY, _CROP = 1, 2
 
@@ -31,7 +28,7 @@ _QUERY, _CROP = 1, 2
 class TrainingSample:
     """``image`` float32 [3, C, C] in [-1, 1]; ``labels`` uint8 [C, C], slots of the query, 255 ignored.
 
-    ``corrupt`` names the samples that were due here but could not be read.
+    ``corrupt`` says of the samples that were due here but could not be read why.
     """
 
     position: int
@@ -39,7 +36,7 @@ class TrainingSample:
     image: npt.NDArray[np.float32]
     labels: npt.NDArray[np.uint8]
     query: Query
-    corrupt: tuple[str, ...]
+    corrupt: dict[str, str]
 
 
 class TrainingData:
@@ -86,20 +83,17 @@ class TrainingData:
             self._rng(position, _QUERY),
         )
         corpus, source = self._corpora[number], self._sources[number]
-        corrupt: list[str] = []
+        corrupt: dict[str, str] = {}
         for attempt in range(min(len(corpus), self._config.max_corrupt + 1)):
             place = self.order.locate(position, attempt)
             try:
                 crop = source.crop(place.sample, query.label_map, self._rng(position, _CROP))
             except CorruptSampleError as error:
-                _log.debug("replacing %s", error)
-                corrupt.append(f"{corpus.name}/{error.key}: {error}")
+                corrupt[f"{corpus.name}/{error.key}"] = str(error)
             else:
-                return TrainingSample(
-                    position, f"{corpus.name}/{crop.key}", crop.image, crop.labels, query, tuple(corrupt)
-                )
+                return TrainingSample(position, f"{corpus.name}/{crop.key}", crop.image, crop.labels, query, corrupt)
         raise DigSegError(
-            f"{len(corrupt)} samples in a row cannot be read, the last was {corrupt[-1]}; "
+            f"{len(corrupt)} samples in a row cannot be read, the last was {list(corrupt.values())[-1]}; "
             "run data_prep/shard.py again to mend the shards"
         )
 

@@ -36,6 +36,7 @@ from digseg.training.run import (
     summarise,
 )
 from digseg.training.schedule import learning_rate
+from digseg.training.unreadable import UnreadableSamples
 from digseg.training.window import MetricsWindow
 from digseg.training.world import World
 
@@ -83,6 +84,7 @@ class Trainer:
                 losses = self.train_step(batch, step)
                 step += 1
                 self._window.add(losses, data_wait_s)
+                self._unreadable.add(batch.corrupt)
                 if step == 1 or step % self.config.training.log_every == 0 or self._is_last(step):
                     bar.note(f"loss {self._log(step):.4f}")
                 bar.advance()
@@ -123,6 +125,7 @@ class Trainer:
         ema = config.training.ema
         self.average = WeightAverage(self.engine.shares(), ema.decay) if ema.enabled else None
         self._window = MetricsWindow()
+        self._unreadable = UnreadableSamples(world, config.data.max_corrupt)
         if world.is_main:
             self.directory.write_config(config)
         self._store = CheckpointStore(self.directory.checkpoints, world, config.training.keep_checkpoints)
@@ -138,6 +141,8 @@ class Trainer:
             check_same_layout(checkpoint.state, self.world.world_size, self.config)
             self.engine.load(checkpoint.path)
             self._restore_rank(torch.load(_rank_file(checkpoint.path, self.world.rank), weights_only=True))
+            known = checkpoint.state.get("unreadable", [])
+            self._unreadable = UnreadableSamples(self.world, self.config.data.max_corrupt, known)
             step = checkpoint.step
             self._say(f"run {self.config.run.name!r} goes on after step {step}")
         if self.world.is_main:
@@ -146,6 +151,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         began = time.perf_counter()
+        self._unreadable.share()
 
         def write(directory: Path) -> None:
             self.engine.save(directory)
@@ -155,6 +161,7 @@ class Trainer:
             "zero_stage": self.config.training.zero_stage,
             "config": self.config.model_dump(mode="json"),
             "datasets": self._dataset_digests(),
+            "unreadable": self._unreadable.keys,
         }
         self._checkpoint = self._store.save(step, write, state)
         self._window.leave_out(time.perf_counter() - began)
@@ -179,6 +186,7 @@ class Trainer:
         figures = self._window.close(self.world, self.config.training.global_batch_size)
         figures["learning_rate"] = learning_rate(step - 1, self.config.training)
         figures["gradient_norm"] = self.engine.gradient_norm()
+        figures["unreadable_samples"] = self._unreadable.share()
         if not math.isfinite(figures["loss"]):
             raise DigSegError(
                 f"the loss is {figures['loss']} at step {step}: lower training.learning_rate (now "

@@ -1,18 +1,18 @@
 import itertools
-import logging
 import pickle
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from shard_writing import data_config, noise_samples, write_split
+from shard_writing import damage_samples, data_config, noise_samples, write_split
 
 from digseg.config import Config
-from digseg.data.corpus import ShardedCorpus
 from digseg.data.loader import Batch, training_batches
 from digseg.data.queries import class_weights
-from digseg.data.training_data import TrainingData
+from digseg.data.training_data import TrainingData, TrainingSample
 from digseg.errors import DigSegError
 
 SHORE = ("sand", "rock", "moss")
@@ -91,6 +91,42 @@ def test_resuming_at_any_step_gives_the_batches_of_an_undisturbed_run(root: Path
 def test_loader_processes_change_nothing(root: Path) -> None:
     plain = [rows(batch) for batch in batches(config(root))]
     assert [rows(batch) for batch in batches(config(root, workers=2))] == plain
+
+
+def test_batches_are_made_ahead_while_the_step_computes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    sample = TrainingData.sample
+
+    def recorded(data: TrainingData, position: int) -> TrainingSample:
+        made.append(position)
+        return sample(data, position)
+
+    monkeypatch.setattr(TrainingData, "sample", recorded)
+    run = config(root, prefetch=3)
+    iterator = training_batches(TrainingData(run.data, seed=3), run, 0, 1, 0, 9)
+    next(iterator)
+    deadline = time.monotonic() + 20
+    while len(made) < 32 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert made == list(range(32))  # the batch that was taken and three more
+    assert sum(1 for _ in iterator) == 8
+
+
+def test_batches_that_nobody_wants_any_more_end_their_thread(root: Path) -> None:
+    before = threading.active_count()
+    run = config(root)
+    iterator = training_batches(TrainingData(run.data, seed=3), run, 0, 1, 0, 9)
+    next(iterator)
+    assert threading.active_count() == before + 1
+    del iterator
+    assert threading.active_count() == before
+
+
+def test_error_in_the_thread_reaches_who_waits_for_the_batch(tmp_path: Path) -> None:
+    run = data_config(damaged_root(tmp_path, 10), [{"name": "shore"}])
+    with pytest.raises(DigSegError, match="10 samples in a row cannot be read"):
+        batches(run)
 
 
 def test_cache_changes_nothing(root: Path) -> None:
@@ -181,43 +217,34 @@ def test_world_that_does_not_divide_the_batch_is_refused(root: Path) -> None:
         batches(config(root), world_size=3)
 
 
-def damaged_root(tmp_path: Path, damaged: int) -> Path:
+def damaged_root(folder: Path, damaged: int) -> Path:
     """Ten samples of which the first `damaged` are corrupt."""
-    write_split(tmp_path, "shore", noise_samples(10, 3), SHORE, samples_per_shard=10)
-    shard = tmp_path / "shore/train/shore-train-000000.tar"
-    content = bytearray(shard.read_bytes())
-    corpus = ShardedCorpus(tmp_path, "shore", "train")
-    for number in range(damaged):
-        content[corpus.stored(number).entry.start + 600] ^= 0xFF
-    shard.write_bytes(content)
-    return tmp_path
+    write_split(folder, "shore", noise_samples(10, 3), SHORE, samples_per_shard=10)
+    damage_samples(folder, "shore", range(damaged))
+    return folder
 
 
-def test_corrupt_samples_are_replaced_alike_everywhere_and_logged_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_corrupt_samples_are_replaced_alike_everywhere_and_named(tmp_path: Path) -> None:
     run = data_config(damaged_root(tmp_path, 2), [{"name": "shore"}])
-    with caplog.at_level(logging.WARNING):
-        alone = [row for batch in batches(run) for row in rows(batch)]
+    met = batches(run)
+    alone = [row for batch in met for row in rows(batch)]
     assert len(alone) == 32
     assert not any(str(row[0]).endswith(("k000", "k001")) for row in alone)
-    logged = [record.getMessage() for record in caplog.records]
-    assert len(logged) == 2
-    assert {"k000" in text or "k001" in text for text in logged} == {True}
+    reasons = {key: reason for batch in met for key, reason in batch.corrupt.items()}
+    assert reasons.keys() == {"shore/train/k000", "shore/train/k001"}
+    assert "'k001'" in reasons["shore/train/k001"]
+    assert "crc32 differs" in reasons["shore/train/k001"]
     ranks = [batches(run, rank, 2) for rank in range(2)]
     assert [row for step in zip(*ranks, strict=True) for batch in step for row in rows(batch)] == alone
 
 
-def test_run_stops_past_the_number_of_corrupt_samples_it_may_meet(tmp_path: Path) -> None:
-    run = data_config(damaged_root(tmp_path, 3), [{"name": "shore"}], max_corrupt=2)
-    with pytest.raises(DigSegError, match=r"3 samples could not be read \(data\.max_corrupt is 2\)"):
-        batches(run, steps=10)
-
-
-def test_corpus_without_a_single_readable_sample_stops_the_run(tmp_path: Path) -> None:
-    run = data_config(damaged_root(tmp_path, 10), [{"name": "shore"}])
-    with pytest.raises(DigSegError, match="10 samples in a row cannot be read"):
-        TrainingData(run.data, seed=0).sample(0)
+def test_replacement_is_the_next_sample_of_the_epoch(tmp_path: Path) -> None:
+    run = data_config(damaged_root(tmp_path / "damaged", 1), [{"name": "shore"}]).data
+    whole = data_config(damaged_root(tmp_path / "whole", 0), [{"name": "shore"}]).data
+    due = [TrainingData(whole, seed=0).sample(position).key for position in range(10)]
+    came = [TrainingData(run, seed=0).sample(position).key for position in range(10)]
+    hole = due.index("shore/train/k000")
+    assert came == [*due[:hole], due[(hole + 1) % 10], *due[hole + 1 :]]
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from shard_writing import damage_samples
 from small_world import small_config, write_squares
 
 from digseg.config import Config
@@ -79,6 +80,18 @@ def test_logged_loss_is_the_weighted_sum_of_its_parts_and_rates_are_there(folder
         assert 0 < line["data_wait_share"] < 1
         assert line["gradient_norm"] > 0
         assert line["learning_rate"] > 0
+
+
+def test_unreadable_samples_are_logged_and_stop_the_run_past_the_limit(tmp_path: Path) -> None:
+    write_squares(tmp_path / "shards", "train", 10)
+    damage_samples(tmp_path / "shards", "squares", (2, 8))
+    _train_until_killed(_config(tmp_path, "borne"), 5)
+    Trainer(_config(tmp_path, "borne"), World()).train()
+    assert [line["unreadable_samples"] for line in _curve(tmp_path, "borne")] == [2, 2, 2, 2]
+    values = _config(tmp_path, "refused").model_dump(mode="json")
+    values["data"]["max_corrupt"] = 1
+    with pytest.raises(DigSegError, match=r"2 samples could not be read \(data\.max_corrupt is 1\)"):
+        Trainer(Config.model_validate(values), World()).train()
 
 
 def test_exported_model_has_the_averaged_weights_of_the_last_checkpoint(folder: Path) -> None:
