@@ -278,14 +278,22 @@ class TrainingConfig(Section):
     warmup_steps: NonNegative = 40
     final_learning_rate_ratio: Unit = 0.01
     gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes in it
+    # auto: bf16 where the device computes in it. Weights stay float32; fp16 adds a dynamic loss scale
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False  # keep the optimizer's state in the CPU's memory; ZeRO 1 to 3
     ema: EmaConfig = EmaConfig()
     checkpoint_every: Positive = 200  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps
     threads: Positive | None = None  # torch threads per process; None: the node's cores / its processes
     deepspeed: dict[str, Any] = {}  # merged into the derived DeepSpeed JSON
+
+    @model_validator(mode="after")
+    def _offload_has_a_stage(self) -> Self:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3: stage 0 keeps everything on the device")
+        return self
 
 
 class EvaluationConfig(Section):

@@ -40,7 +40,8 @@ class QueryBatch(Protocol):
 class SegmenterLoss(nn.Module):
     """``forward(batch)`` gives the loss and its parts as scalars.
 
-    Weights stay float32; in bf16 the segmenter runs under autocast and the losses are computed in float32.
+    Weights stay float32; in bf16 and fp16 the segmenter runs under autocast and the losses are computed in
+    float32.
     """
 
     text_table: Tensor
@@ -59,8 +60,7 @@ class SegmenterLoss(nn.Module):
         text = self.text_table[batch.query_ids.clamp(min=0)]
         colours = self.palette[batch.colour_ids]
         device = batch.images.device
-        bf16 = resolve_precision(self.precision, device) == "bf16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with lowered_precision(self.precision, device):
             output = self.segmenter(batch.images, text, mask, colours)
         class_score = class_score_loss(output.logits, batch.labels, batch.class_weights)
         feedback = area_score_loss(output.feedback_logits, batch.labels, batch.class_weights)
@@ -79,8 +79,15 @@ class SegmenterLoss(nn.Module):
         }
 
 
+def lowered_precision(precision: str, device: torch.device) -> torch.autocast:
+    """Autocast to what ``training.precision`` means on ``device``; without effect for fp32."""
+    resolved = resolve_precision(precision, device)
+    dtype = torch.float16 if resolved == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=resolved != "fp32")
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``fp32`` or ``bf16``: ``auto`` takes bf16 on CUDA and on CPUs with bf16 instructions.
+    """``fp32``, ``bf16`` or ``fp16``: ``auto`` takes bf16 on CUDA and on CPUs with bf16 instructions.
 
     Without them (AVX2 and older) PyTorch's bf16 convolutions are tens of times slower than float32 ones.
     """

@@ -16,6 +16,7 @@ _DERIVED = {
     "gradient_accumulation_steps": "training.micro_batch_size",
     "gradient_clipping": "training.gradient_clipping",
     "zero_optimization.stage": "training.zero_stage",
+    "zero_optimization.offload_optimizer.device": "training.offload_optimizer",
     "optimizer": "training.learning_rate, training.adam_betas and training.weight_decay",
     "scheduler": "training.warmup_steps and training.final_learning_rate_ratio",
     "fp16": "training.precision",
@@ -28,8 +29,8 @@ _DERIVED = {
 def deepspeed_config(config: Config, world_size: int, num_parameters: int, on_gpu: bool = False) -> dict[str, Any]:
     """The JSON that DeepSpeed is started with.
 
-    The engine keeps float32 weights and knows nothing of bf16: the module runs its forward pass under
-    autocast, which keeps all ZeRO stages numerically equal.
+    The engine keeps float32 weights and knows nothing of bf16 and fp16: the module runs its forward pass
+    under autocast, which keeps all ZeRO stages numerically equal.
 
     Raises:
         DigSegError: ``training.deepspeed`` sets what DigSeg derives.
@@ -51,6 +52,8 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int, on_gp
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
+    if training.offload_optimizer:
+        derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     _refuse_derived(training.deepspeed)
     return _merged(derived, training.deepspeed)
 

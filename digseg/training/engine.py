@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from digseg.config import Config
 from digseg.errors import DigSegError
 from digseg.training.deepspeed_config import deepspeed_config
+from digseg.training.loss_scale import LossScale
 from digseg.training.shares import Share, whole_parameters
 from digseg.training.world import World
 
@@ -33,8 +34,9 @@ _TAG = "deepspeed"  # sub-directory of a checkpoint that holds DeepSpeed's own f
 class Engine:
     """Trains ``module``, whose ``forward(batch)`` gives a dictionary of scalars with the key ``loss``.
 
-    ZeRO 0-3 in float32; lower precision is the module's own (autocast in its forward pass). Every method is
-    collective: all ranks call it, equally often.
+    ZeRO 0-3 in float32; lower precision is the module's own (autocast in its forward pass, with a loss scale
+    here for float16). A step whose gradient is not finite changes no weight. Every method is collective: all
+    ranks call it, equally often.
 
     Raises:
         DigSegError: ``training.deepspeed`` sets a derived key, or DeepSpeed refuses the result.
@@ -44,31 +46,47 @@ class Engine:
         self._world = world
         self._stage = config.training.zero_stage
         self._clipping = config.training.gradient_clipping
-        self._norm: Tensor | float | None = None
+        self._norm: Tensor | float = float("nan")
         world.join()
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         size = sum(parameter.numel() for parameter in trainable)
         settings = deepspeed_config(config, world.world_size, size, on_gpu=world.device.type == "cuda")
-        self._deepspeed = _initialised(module.to(world.device), trainable, settings, config, world)
+        self._optimizer = torch.optim.AdamW(
+            trainable,
+            lr=config.training.learning_rate,
+            betas=config.training.adam_betas,
+            weight_decay=config.training.weight_decay,
+            fused=True,
+        )
+        fp16 = config.training.precision == "fp16"
+        self._loss_scale = LossScale(trainable, world.device) if fp16 else None
+        self._deepspeed = _initialised(module.to(world.device), self._optimizer, settings, config, world)
 
     def forward_backward(self, batch: Any) -> dict[str, Tensor]:
         """Run one micro-batch and accumulate its gradient; the losses, detached (no host sync)."""
         losses: dict[str, Tensor] = self._deepspeed(batch)
-        self._deepspeed.backward(losses["loss"])
+        loss = losses["loss"]
+        self._deepspeed.backward(loss if self._loss_scale is None else self._loss_scale.scaled(loss))
         return {name: value.detach() for name, value in losses.items()}
 
     def step(self, learning_rate: float) -> None:
         """Count one micro-batch; after the last of a step, clip and update the weights."""
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
+        boundary = self._deepspeed.is_gradient_accumulation_boundary()
+        if boundary and self._stage == 0:
             self._norm = nn.utils.clip_grad_norm_(self._deepspeed.module.parameters(), self._clipping)
+            # What the fused AdamW reads of torch.amp.GradScaler: where it is 1, nothing is updated.
+            self._optimizer.found_inf = (~torch.isfinite(self._norm)).float()
         self._deepspeed.step()
+        if boundary and self._stage > 0:
+            self._norm = self._deepspeed.get_global_grad_norm()
+        if boundary and self._loss_scale is not None:
+            self._loss_scale.update(self._norm)
 
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradient, before clipping. Waits for the device."""
-        norm = self._norm if self._stage == 0 else self._deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(self._norm)
 
     def shares(self) -> dict[str, Share]:
         """The trainable parameters that this rank looks after, as views of the current weights."""
@@ -87,13 +105,22 @@ class Engine:
         if path is None:
             raise DigSegError(f"{directory / _TAG}: DeepSpeed finds no checkpoint there")
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs besides the files of :meth:`save`: the loss scale of float16."""
+        return {} if self._loss_scale is None else {"loss_scale": self._loss_scale.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved :meth:`state_dict`."""
+        if self._loss_scale is not None and "loss_scale" in state:
+            self._loss_scale.load_state_dict(state["loss_scale"])
+
     def close(self) -> None:
         """Let go of hooks and buffers."""
         self._deepspeed.destroy()
 
 
 def _initialised(
-    module: nn.Module, trainable: list[nn.Parameter], settings: Mapping[str, Any], config: Config, world: World
+    module: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], config: Config, world: World
 ) -> Any:
     # The shared-memory collective is compiled on first use: half a minute, and a compiler is needed. The table
     # is set rather than changed: DeepSpeed fills it by running the compiler, which complains on stderr.
@@ -102,13 +129,6 @@ def _initialised(
     # DeepSpeed's own calls, which newer PyTorch renames; once per process is still too often.
     warnings.filterwarnings("ignore", "`torch.distributed.(all_gather|reduce_scatter)", FutureWarning)
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
-    optimizer = torch.optim.AdamW(
-        trainable,
-        lr=config.training.learning_rate,
-        betas=config.training.adam_betas,
-        weight_decay=config.training.weight_decay,
-        fused=True,
-    )
     try:
         with warnings.catch_warnings():
             # It imports PyTorch's compiler, which uses what PyTorch deprecates.

@@ -169,7 +169,12 @@ class Trainer:
     def _rank_state(self) -> dict[str, Any]:
         shares = shares_state(self.engine.shares()) if self.average is None else self.average.state_dict()
         # The trainer draws nothing; a module with dropout would.
-        return {"weights": shares, "window": self._window.state_dict(), "rng": torch.get_rng_state()}
+        return {
+            "weights": shares,
+            "window": self._window.state_dict(),
+            "engine": self.engine.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
 
     def _restore_rank(self, state: dict[str, Any]) -> None:
         # A run may switch averaging on while it goes on: the average then starts from its weights.
@@ -179,6 +184,7 @@ class Trainer:
             else:
                 self.average = WeightAverage(self.engine.shares(), self.config.training.ema.decay)
         self._window.load_state_dict(state["window"])
+        self.engine.load_state_dict(state["engine"])
         torch.set_rng_state(state["rng"])
 
     def _log(self, step: int) -> float:

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from digseg.config import TrainingConfig
+from digseg.model.training_module import lowered_precision
 from digseg.training.schedule import learning_rate
 
 STEPS = 6
 BATCH = 8
 CLIPPING = 20.0  # some steps clip, some do not
+NO_CLIPPING = 1e9
 
 
 class StandIn(nn.Module):
     """A convolution, a norm and a linear layer with sizes that no world size divides."""
 
-    def __init__(self) -> None:
+    def __init__(self, precision: str = "fp32") -> None:
         super().__init__()
+        self.precision = precision
         with torch.random.fork_rng():
             torch.manual_seed(3)
             self.layers = nn.Sequential(
@@ -28,7 +31,8 @@ class StandIn(nn.Module):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, targets = batch
-        error = self.layers(images) - targets
+        with lowered_precision(self.precision, images.device):
+            error = self.layers(images).float() - targets
         return {"loss": error.square().mean(), "absolute": error.detach().abs().mean()}
 
 
@@ -42,19 +46,25 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def plain_loop(config: TrainingConfig) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor]]:
-    """Losses, gradient norms, weights and averaged weights of plain PyTorch in one process."""
-    module = StandIn()
+    """Losses, gradient norms, weights and averaged weights of plain PyTorch in one process.
+
+    float16 runs under PyTorch's own gradient scaler.
+    """
+    module = StandIn(config.precision)
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=1.0, betas=config.adam_betas, weight_decay=config.weight_decay, foreach=False
+        module.parameters(), lr=1.0, betas=config.adam_betas, weight_decay=config.weight_decay, fused=True
     )
+    scaler = torch.amp.GradScaler("cpu", enabled=config.precision == "fp16")
     average = {name: weight.detach().clone() for name, weight in module.named_parameters()}
     losses, norms = [], []
     for step, batch in enumerate(batches()):
         loss = module(batch)["loss"]
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clipping)))
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         losses.append(loss.item())
         decay = min(config.ema.decay, (1 + step) / (10 + step))
@@ -72,6 +82,7 @@ def training_section(stage: int, **more: Any) -> dict[str, Any]:
         "warmup_steps": 2,
         "gradient_clipping": CLIPPING,
         "weight_decay": 0.1,
+        "precision": "fp32",
         "zero_stage": stage,
         "ema": {"decay": 0.5},
         **more,

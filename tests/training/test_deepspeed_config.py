@@ -51,6 +51,10 @@ def test_expert_settings_are_merged_into_the_derived_ones(tmp_path: Path) -> Non
     [
         ({"gradient_clipping": 2}, r"training\.deepspeed\.gradient_clipping: .* set training\.gradient_clipping"),
         ({"zero_optimization": {"stage": 3}}, r"deepspeed\.zero_optimization\.stage: .* training\.zero_stage"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            r"offload_optimizer\.device: .* training\.offload_optimizer",
+        ),
         ({"optimizer": {"type": "Adam"}}, r"deepspeed\.optimizer: .* training\.learning_rate"),
         ({"bf16": {"enabled": True}}, r"deepspeed\.bf16: .* training\.precision"),
     ],
@@ -58,6 +62,11 @@ def test_expert_settings_are_merged_into_the_derived_ones(tmp_path: Path) -> Non
 def test_expert_settings_cannot_replace_what_is_derived(tmp_path: Path, expert: dict[str, Any], message: str) -> None:
     with pytest.raises(DigSegError, match=message):
         deepspeed_config(_config(tmp_path, deepspeed=expert), 1, num_parameters=1000)
+
+
+def test_offloading_without_a_zero_stage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="offload_optimizer needs zero_stage 1, 2 or 3"):
+        _config(tmp_path, zero_stage=0, offload_optimizer=True)
 
 
 def _config(folder: Path, **training: Any) -> Config:

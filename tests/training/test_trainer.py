@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,25 +195,42 @@ def test_loss_that_is_not_finite_stops_the_run_and_tells_the_logger(
     assert recorder.calls[-1] == ("finish", "failed")
 
 
-def test_losses_are_read_only_when_they_are_logged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(_config(folder, "async", steps=4, checkpoint_every=4), World())
-    forward_backward = Engine.forward_backward
-    reads: list[int] = []
+@pytest.mark.parametrize("stage", range(4))
+def test_no_step_outside_the_logging_interval_waits_for_the_device(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    trainer = Trainer(_config(folder, f"async{stage}", steps=8, zero_stage=stage, checkpoint_every=8), World())
+    reads = HostReads(monkeypatch)
+    train_step = trainer.train_step
 
-    class Counted(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__):
-                reads.append(1)
-            return super().__torch_function__(function, types, args, kwargs or {})
+    def counted(batch: Any, step: int) -> dict[str, torch.Tensor]:
+        reads.step = step + 1
+        return train_step(batch, step)
 
-    def counted(engine: Engine, batch: Any) -> dict[str, torch.Tensor]:
-        return {name: loss.as_subclass(Counted) for name, loss in forward_backward(engine, batch).items()}
-
-    monkeypatch.setattr(Engine, "forward_backward", counted)
+    monkeypatch.setattr(trainer, "train_step", counted)
     trainer.train()
-    # One read each at steps 1 and 4, of all losses together.
-    assert len(reads) == 2
+    # Steps 1, 4 and 8 are logged, and the checkpoint follows step 8.
+    assert {step for step, _ in reads.of_project} == {1, 4, 8}
+    assert {name for step, name in reads.of_project if step < 8} <= {"tolist", "__float__"}
+
+
+class HostReads:
+    """Notes every call that hands a tensor's values to the host, with the step and whether digseg made it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.step = 0
+        self.of_project: list[tuple[int, str]] = []
+        for name in ("item", "cpu", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "nonzero"):
+            monkeypatch.setattr(torch.Tensor, name, self._noting(name, getattr(torch.Tensor, name)))
+
+    def _noting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_globals["__name__"]
+            if self.step and caller.startswith("digseg."):
+                self.of_project.append((self.step, name))
+            return original(tensor, *args, **kwargs)
+
+        return call
 
 
 @pytest.mark.parametrize(
