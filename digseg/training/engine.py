@@ -77,7 +77,7 @@ class Engine:
         if boundary and self._stage == 0:
             self._norm = nn.utils.clip_grad_norm_(self._deepspeed.module.parameters(), self._clipping)
             # What the fused AdamW reads of torch.amp.GradScaler: where it is 1, nothing is updated.
-            self._optimizer.found_inf = (~torch.isfinite(self._norm)).float()
+            self._optimizer.found_inf = (~torch.isfinite(self._norm)).float()  # type: ignore[attr-defined]
         self._deepspeed.step()
         if boundary and self._stage > 0:
             self._norm = self._deepspeed.get_global_grad_norm()

@@ -22,7 +22,7 @@ class LossScale:
         self._scale = torch.tensor(_START, device=device)
         self._finite_steps = torch.zeros((), device=device)
         for parameter in parameters:
-            parameter.register_hook(self._unscaled)
+            parameter.register_hook(self._unscaled)  # type: ignore[no-untyped-call]
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to go backward from."""
