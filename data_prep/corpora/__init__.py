@@ -5,7 +5,7 @@ are made, how mask pixels become classes. :func:`load_corpus` joins a descriptio
 """
 
 from data_prep.corpora.corpus import Corpus, SampleContent, corpus_names, load_corpus
-from data_prep.corpora.labels import BadSample
 from data_prep.corpora.layout import SampleRef
+from data_prep.corpora.source import BadSample
 
 __all__ = ["BadSample", "Corpus", "SampleContent", "SampleRef", "corpus_names", "load_corpus"]

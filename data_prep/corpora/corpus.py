@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.corpora.description import CONFIGS, load_spec
-from data_prep.corpora.labels import BadSample, Source, UInt8Array, image_pixels, mask_ids, open_source
+from data_prep.corpora.labels import mask_ids
 from data_prep.corpora.layout import SampleRef, list_samples
 from data_prep.corpora.patterns import missing_folder
+from data_prep.corpora.source import BadSample, Source, UInt8Array, image_pixels, open_source
 from data_prep.corpora.spec import CorpusSpec
 from digseg.errors import DigSegError, nearest
 

@@ -1,19 +1,15 @@
-"""Reading pixels: images to RGB, masks to contiguous class ids by a corpus' label rule."""
+"""Mask pixels to contiguous class ids, by a corpus' label rule."""
 
 from __future__ import annotations
 
-import io
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
+from PIL import Image
 
+from data_prep.corpora.source import BadSample, Source, UInt8Array
 from data_prep.corpora.spec import (
     IGNORE_ID,
     BinaryLabel,
@@ -22,70 +18,13 @@ from data_prep.corpora.spec import (
     IdLabel,
     InstanceLabel,
     Label,
-    MatlabLabel,
 )
 
-UInt8Array = npt.NDArray[np.uint8]
-
-_ORIENTATION = 0x0112
 _OUTSIDE = -1
 _LOSSY = 32
 """How far JPEG may drive the channels of a grey pixel apart."""
 _GREY_MODES = ("1", "L", "I", "I;16", "I;16B", "I;16L")
 _MODES = {"grey": _GREY_MODES, "matlab": _GREY_MODES, "palette": ("P",), "index": (*_GREY_MODES, "P")}
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
-"""What PIL raises on damaged files: truncated data, broken chunks."""
-
-
-class BadSample(Exception):  # noqa: N818 - the name says what it is about, not what went wrong
-    """A sample that cannot be used; its text is the reason that ``rejected.jsonl`` shows."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Decoded files of a sample, orientation applied; ``image_bytes`` where a shard may hold the file as it is."""
-
-    image: Image.Image
-    image_bytes: bytes | None
-    masks: tuple[Image.Image, ...]
-    mask_paths: tuple[Path, ...]
-
-    def cropped(self, box: tuple[int, int, int, int]) -> Source:
-        """One tile: left, upper, right and lower edge in pixels."""
-        masks = tuple(mask.crop(box) for mask in self.masks)
-        return Source(self.image.crop(box), None, masks, self.mask_paths)
-
-
-def open_source(image: Path, masks: tuple[Path, ...], spec: CorpusSpec) -> Source:
-    """Decode an image and its masks.
-
-    Bytes are kept (not None) of an 8-bit grey or RGB PNG or JPEG that any reader decodes to the same pixels.
-
-    Raises:
-        BadSample: a file cannot be read or decoded, or a mask is not of the image's size.
-    """
-    picture, data = _open(image, "image")
-    orientation = _orientation(picture)
-    keep = orientation == 1 and spec.channel_order == "rgb" and _plain(picture, data)
-    if orientation != 1 and spec.exif.image == "apply":
-        picture = ImageOps.exif_transpose(picture)
-    opened = tuple(_mask_image(path, spec, orientation) for path in masks)
-    for path, mask in zip(masks, opened, strict=True):
-        if mask.size != picture.size:
-            raise BadSample(
-                f"mask {path.name} is {mask.width} x {mask.height} pixels, the image {picture.width} x {picture.height}"
-            )
-    return Source(picture, data if keep else None, opened, masks)
-
-
-def image_pixels(image: Image.Image, spec: CorpusSpec) -> UInt8Array:
-    """The image as uint8 [H, W, 3] RGB: 16-bit levels are scaled to 8 bits, alpha is dropped."""
-    if image.mode.startswith("I"):
-        levels = np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8)
-        pixels = np.repeat(levels[:, :, None], 3, axis=2)
-    else:
-        pixels = np.asarray(image.convert("RGB"))
-    return np.ascontiguousarray(pixels[:, :, ::-1]) if spec.channel_order == "bgr" else pixels
 
 
 def mask_ids(source: Source, spec: CorpusSpec) -> UInt8Array:
@@ -97,66 +36,6 @@ def mask_ids(source: Source, spec: CorpusSpec) -> UInt8Array:
     if isinstance(spec.label, InstanceLabel):
         return _union(source.masks, source.mask_paths, spec.label, spec.vocabulary)
     return _decode(source.masks[0], source.mask_paths[0], spec.label, spec.vocabulary)
-
-
-def _open(path: Path, what: str) -> tuple[Image.Image, bytes]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadSample(f"{what} {path.name} cannot be read: {error.strerror or error}") from error
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except UnidentifiedImageError as error:
-        raise BadSample(f"{what} {path.name} is no image file that can be identified") from error
-    except Image.DecompressionBombError as error:
-        raise BadSample(f"{what} {path.name} is too large to decode: {error}") from error
-    except _DECODING_ERRORS as error:
-        raise BadSample(f"{what} {path.name} is damaged or truncated: {error}") from error
-    return image, data
-
-
-def _orientation(image: Image.Image) -> int:
-    value = image.getexif().get(_ORIENTATION, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _plain(image: Image.Image, data: bytes) -> bool:
-    if image.mode not in ("L", "RGB") or "transparency" in image.info:
-        return False
-    bits_per_channel = data[24] if image.format == "PNG" else 8
-    return image.format in ("PNG", "JPEG") and bits_per_channel == 8
-
-
-def _mask_image(path: Path, spec: CorpusSpec, image_orientation: int) -> Image.Image:
-    if isinstance(spec.label, MatlabLabel):
-        return _matrix_image(path, spec.label.variable)
-    image, _ = _open(path, "mask")
-    if spec.exif.mask == "as_image" and image_orientation != 1:
-        exif = image.getexif()
-        exif[_ORIENTATION] = image_orientation
-        image.info.pop("exif", None)
-        return ImageOps.exif_transpose(image)
-    if spec.exif.mask == "own" and _orientation(image) != 1:
-        return ImageOps.exif_transpose(image)
-    return image
-
-
-def _matrix_image(path: Path, variable: str) -> Image.Image:
-    """A matrix of ids in a MATLAB file as a 16-bit grey image."""
-    try:
-        contents = loadmat(io.BytesIO(path.read_bytes()))
-    except OSError as error:
-        raise BadSample(f"mask {path.name} cannot be read: {error.strerror or error}") from error
-    except (ValueError, TypeError, NotImplementedError, MatReadError, zlib.error) as error:
-        raise BadSample(f"mask {path.name} is no MATLAB file that can be read: {error}") from error
-    if variable not in contents:
-        named = sorted(name for name in contents if not name.startswith("__"))
-        raise BadSample(f"mask {path.name} has no variable {variable!r}, but {', '.join(named) or 'none at all'}")
-    ids = np.asarray(contents[variable])
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.number) or not np.array_equal(ids, ids.astype(np.uint16)):
-        raise BadSample(f"mask {path.name}: the variable {variable!r} is no matrix of ids 0..65535")
-    return Image.fromarray(ids.astype(np.uint16))
 
 
 def _decode(mask: Image.Image, path: Path, label: Label, vocabulary: tuple[str, ...]) -> UInt8Array:
@@ -211,9 +90,12 @@ def _by_colour(mask: Image.Image, path: Path, label: ColourLabel, vocabulary: tu
 def _by_threshold(mask: Image.Image, path: Path, label: BinaryLabel, vocabulary: tuple[str, ...]) -> UInt8Array:
     values = _levels(mask, path, _GREY_MODES, _LOSSY if label.levels == "any" else 0)
     if label.levels != "any":
-        unknown = np.setdiff1d(values, label.levels)
-        if unknown.size:
-            raise BadSample(f"mask {path.name} has the value {_some(unknown)}, outside {list(label.levels)}")
+        outside = ~np.isin(values, label.levels)
+        if outside.any():
+            unknown = np.unique(values[outside])
+            raise BadSample(
+                f"mask {path.name} has the value {_some(unknown)}, outside {list(label.levels)} ({_places(outside)})"
+            )
     above, below = vocabulary.index(label.at_or_above), vocabulary.index(label.below)
     return np.where(values >= label.threshold, above, below).astype(np.uint8)
 

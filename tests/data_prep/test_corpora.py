@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.corpora import BadSample, Corpus, corpus_names, load_corpus
-from data_prep.corpora.labels import Source, open_source
+from data_prep.corpora.source import Source, open_source
 from data_prep.corpora.spec import CorpusSpec, Tiles
 from data_prep.corpora.tiles import tile_boxes
 

@@ -128,7 +128,7 @@ def test_unknown_value_in_a_binary_mask(tmp_path: Path) -> None:
     corpus = load_corpus("isbi_em_membrane", tmp_path)
     intact, wrong = corpus.list("train")
     assert corpus.read(intact).mask.shape == (1, 2)
-    with pytest.raises(BadSample, match=r"value 90, outside \[0, 255\]"):
+    with pytest.raises(BadSample, match=r"value 90, outside \[0, 255\] \(first at row 0, column 1, 1 in all\)"):
         corpus.read(wrong)
 
 
@@ -161,6 +161,7 @@ def test_colour_mask_where_two_levels_are_read(tmp_path: Path) -> None:
         ({"T": np.zeros((1, 1))}, "has no variable 'S', but T"),
         ({"S": np.zeros((1, 1, 3))}, "the variable 'S' is no matrix of ids 0..65535"),
         ({"S": np.array([[0.5]])}, "the variable 'S' is no matrix of ids 0..65535"),
+        ({"S": np.array([[np.nan]])}, "the variable 'S' is no matrix of ids 0..65535"),
         ({"S": np.array([[-1]])}, "the variable 'S' is no matrix of ids 0..65535"),
         ({"S": np.array(["sky"])}, "the variable 'S' is no matrix of ids 0..65535"),
         ({"S": np.zeros((2, 1))}, "is 1 x 2 pixels, the image 1 x 1"),
