@@ -6,11 +6,16 @@ import argparse
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from digseg import __version__
 from digseg.console import say
 from digseg.errors import DigSegError, run_main
 
+if TYPE_CHECKING:
+    from digseg.data.duplicates import Duplicates
+
+_SHOWN_LEAKS = 20
 _URI_HELP = "MLflow store (default: $MLFLOW_TRACKING_URI, else the database in outputs/runs)"
 
 
@@ -64,14 +69,17 @@ def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     lint = actions.add_parser(
         "lint",
         help="verify shards; exit code 1 and a list where some are damaged",
-        description="Verifies checksums, indexes, images, masks and statistics of all shards below ROOT.",
+        description="Verifies checksums, indexes, images, masks and statistics of all shards below ROOT, and lists "
+        "leaks: the same or nearly the same image in several splits or corpora.",
     )
     lint.add_argument("root", metavar="ROOT", help="a folder, or a URL such as s3://bucket/shards")
+    lint.add_argument("--strict", action="store_true", help="exit code 1 for leaks too")
     lint.set_defaults(run=_lint_shards)
     show = actions.add_parser(
         "show",
         help="write one HTML page of samples, masks and classes",
-        description="Writes a page of its own, with samples, masks, class shares, domain and licence of every split.",
+        description="Writes a page of its own, with samples, masks, class shares, domain and licence of every split, "
+        "and the images that leak between them.",
     )
     show.add_argument("root", metavar="ROOT", help="a folder, or a URL such as s3://bucket/shards")
     show.add_argument("--out", required=True, type=Path, help="the HTML file")
@@ -138,14 +146,29 @@ def _lint_shards(options: argparse.Namespace) -> None:
     from digseg.data.lint import lint_shards
 
     report = lint_shards(options.root)
-    looked_at = f"{report.samples} samples in {report.shards} shards of {report.splits} splits"
-    if not report.problems:
-        say(f"{looked_at}: intact")
-        return
     for problem in report.problems:
         say(problem)
-    say(f"{looked_at}: {len(report.problems)} problems; run data_prep/shard.py again to mend them")
-    raise SystemExit(1)
+    _say_duplicates(report.duplicates)
+    looked_at = f"{report.samples} samples in {report.shards} shards of {report.splits} splits"
+    if report.problems:
+        say(f"{looked_at}: {len(report.problems)} problems; run data_prep/shard.py again to mend them")
+        raise SystemExit(1)
+    say(f"{looked_at}: intact")
+    if options.strict and report.duplicates.leaks:
+        raise SystemExit(1)
+
+
+def _say_duplicates(duplicates: Duplicates) -> None:
+    leaks = duplicates.leaks
+    for group in leaks[:_SHOWN_LEAKS]:
+        say(f"leak: {group}")
+    if len(leaks) > _SHOWN_LEAKS:
+        say(f"and {len(leaks) - _SHOWN_LEAKS} more leaks")
+    flat = f"; {duplicates.flat} flat images were not compared" if duplicates.flat else ""
+    say(
+        f"{duplicates.images} images compared: {len(leaks)} leaks across splits or corpora, "
+        f"{len(duplicates.groups) - len(leaks)} groups of the same or nearly the same image within a split{flat}"
+    )
 
 
 def _show_shards(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from digseg.console import progress
 from digseg.data.corpus import CorruptSampleError, decode_sample, read_stored
+from digseg.data.duplicates import DuplicateFinder, Duplicates
 from digseg.data.format import (
     MANIFEST_NAME,
     REJECTED_NAME,
@@ -35,12 +36,13 @@ from digseg.errors import DigSegError
 
 @dataclass
 class LintReport:
-    """What was looked at, and what is wrong with it, a line each."""
+    """What was looked at, what is wrong with it, a line each, and the images that come more than once."""
 
     splits: int = 0
     shards: int = 0
     samples: int = 0
     problems: list[str] = field(default_factory=list)
+    duplicates: Duplicates = field(default_factory=lambda: Duplicates(0, 0, ()))
 
 
 def lint_shards(root: str | Path) -> LintReport:
@@ -49,13 +51,14 @@ def lint_shards(root: str | Path) -> LintReport:
     Checked are the manifest's digest; presence, size and sha256 of every shard, its index and hashes, and of the list
     of rejected samples; the index' agreement with shard and hashes; that every sample's image and mask decode, are of
     one size, and hold no id outside the vocabulary; that no key comes twice; the manifest's statistics; and files of
-    shards that no manifest knows. One sample is in memory at a time.
+    shards that no manifest knows. One sample is in memory at a time, and the hashes of all. Images that come more than
+    once are no problem of the shards; they are found by their hashes alone.
 
     Raises:
         DigSegError: there are no shards below the root.
     """
     storage = Storage(root)
-    report = LintReport()
+    report, finder = LintReport(), DuplicateFinder()
     for folder in split_folders(storage):
         report.splits += 1
         path = f"{folder}/{MANIFEST_NAME}"
@@ -67,13 +70,17 @@ def lint_shards(root: str | Path) -> LintReport:
             continue
         if content != manifest.to_json():
             report.problems.append(f"{storage.url(path)} was changed by hand: it says the same in other bytes")
-        report.problems += _Split(storage, folder, manifest, report).problems()
+        report.problems += _Split(storage, folder, manifest, report, finder).problems()
+    report.duplicates = finder.find()
     return report
 
 
 class _Split:
-    def __init__(self, storage: Storage, folder: str, manifest: Manifest, report: LintReport) -> None:
-        self._storage, self._folder, self._manifest, self._report = storage, folder, manifest, report
+    def __init__(
+        self, storage: Storage, folder: str, manifest: Manifest, report: LintReport, finder: DuplicateFinder
+    ) -> None:
+        self._storage, self._folder, self._manifest = storage, folder, manifest
+        self._report, self._finder = report, finder
         self._keys: set[str] = set()
         self._counted: Statistics | None = None
 
@@ -144,6 +151,7 @@ class _Split:
             return
         if [line.key for line in lines] != [entry.key for entry in entries]:
             yield f"{self._storage.url(path)} is not of the samples that the index lists"
+        self._finder.add(self._folder, lines)
 
     def _sample(self, tar: str, entry: IndexEntry) -> str | None:
         """What is wrong with a sample; its statistics are kept where nothing is."""

@@ -14,11 +14,13 @@ from PIL import Image
 
 from digseg.console import progress
 from digseg.data.corpus import Sample, ShardedCorpus
+from digseg.data.duplicates import DuplicateGroup, Member, find_duplicates
 from digseg.data.format import REJECTED_NAME, Manifest, Rejected, Statistics, list_manifests, split_path
 from digseg.data.storage import Storage
 from digseg.errors import DigSegError
 from digseg.evaluation.colours import class_colours, paint
 
+_SHOWN_LEAKS = 24
 _TILE_PX = 320  # longer side of a picture on the page
 
 
@@ -40,6 +42,14 @@ class _Picture:
 
 
 @dataclass(frozen=True)
+class _Leak:
+    """Two images side by side, and what is to be said of them."""
+
+    caption: str
+    images: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class _SplitView:
     name: str
     domain: str
@@ -58,12 +68,14 @@ class _SplitView:
 def shard_page(root: str | Path, samples_per_split: int = 12) -> str:
     """HTML of all splits below a root (a folder or fsspec URL); it refers to nothing outside itself.
 
-    Statistics are those of the manifests; of each split ``samples_per_split`` samples are read, evenly spaced.
+    Statistics are those of the manifests; of each split ``samples_per_split`` samples are read, evenly spaced, and
+    the images of the closest leaks.
 
     Raises:
         DigSegError: no shards there, or one of the samples is damaged.
     """
     manifests = list_manifests(root)
+    duplicates = find_duplicates(Storage(root), manifests)
     with progress("drawing", len(manifests), unit="splits") as bar:
         splits = []
         for manifest in manifests:
@@ -76,7 +88,22 @@ def shard_page(root: str | Path, samples_per_split: int = 12) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("shard_page.html.j2").render(root=str(root), splits=splits)
+    return environment.get_template("shard_page.html.j2").render(
+        root=str(root),
+        splits=splits,
+        duplicates=duplicates,
+        leaks=[_leak(root, group) for group in duplicates.leaks[:_SHOWN_LEAKS]],
+    )
+
+
+def _leak(root: str | Path, group: DuplicateGroup) -> _Leak:
+    first, second = (_image_of(root, member) for member in group.pair)
+    return _Leak(str(group), (first, second))
+
+
+def _image_of(root: str | Path, member: Member) -> str:
+    corpus, _, split = member.split.partition("/")
+    return _data_uri(ShardedCorpus(root, corpus, split).read(member.number).image, "JPEG")
 
 
 def _view(root: str | Path, manifest: Manifest, samples_per_split: int) -> _SplitView:

@@ -78,6 +78,23 @@ def test_page_says_what_the_manifest_says(root: Path) -> None:
     np.testing.assert_allclose([float(share) for share in shares], 100 * pixels / pixels.sum(), atol=0.006)
 
 
+def test_page_shows_leaks_side_by_side(root: Path) -> None:
+    assert "No image is in two splits or corpora" in shard_page(root)
+    samples = noise_samples(10, 3)
+    write_split(root, "coast", {"copy <1>": samples["k004"], **noise_samples(2, 3, seed=2)}, VOCABULARY)
+    html = shard_page(root)
+    assert "1 groups of the same or nearly the same image" in html
+    assert "copy &lt;1&gt; of coast/train and k004 of shore/train (the same image)" in html
+    leak = html[html.index('class="leak"') :]
+    left, right = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))), dtype=float)
+        for picture in re.findall(r"data:image/jpeg;base64,([^\"]+)", leak)[:2]
+    ]
+    np.testing.assert_array_equal(left, right)
+    distances = {key: np.abs(left - image).mean() for key, (image, _) in samples.items()}
+    assert min(distances, key=distances.__getitem__) == "k004"
+
+
 def test_names_are_text_not_markup(root: Path) -> None:
     html = shard_page(root)
     assert "sea &lt;b&gt;" in html
