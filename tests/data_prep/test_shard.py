@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_files import save
 from PIL import Image
 
-from data_prep.shard import plan_split, shard_corpus
+from data_prep.shard import finish_split, plan_split, shard_corpus
 from data_prep.shard_job import make_shard, plan_shards
 from digseg.cluster.runtime import ray_session
 from digseg.data.corpus import ShardedCorpus
@@ -104,6 +105,30 @@ def test_shards_hold_the_corpus_as_its_adapter_reads_it(garden: Path, tmp_path: 
         np.testing.assert_array_equal(sample.image, np.asarray(Image.open(source).convert("RGB")))
         assert (sample.meta["height"], sample.meta["width"]) == (24, 32)
     assert rejected(tmp_path / "out") == {}
+
+
+def test_tiles_of_large_images_become_samples_of_shards(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    colours = np.array([(0, 0, 0), (0, 0, 63), (0, 100, 155)], np.uint8)  # background, ship, harbor
+    counts = np.zeros(16, int)
+    for name, size in (("P0000", (1000, 900)), ("P0001", (300, 400))):
+        labels = random.integers(0, 3, size)
+        counts[[0, 1, 15]] += np.bincount(labels.ravel())
+        save(tmp_path / f"train/images/{name}.png", labels % 2 * 200)
+        save(tmp_path / f"train/Semantic_masks/{name}_instance_color_RGB.png", colours[labels])
+    plan = plan_split("isaid", tmp_path, "train", tmp_path / "out", samples_per_shard=3)
+    manifest = finish_split(plan, [make_shard(job) for job in plan.jobs])
+    corpus = ShardedCorpus(tmp_path / "out", "isaid", "train")
+    samples = sorted((corpus.read(number) for number in range(len(corpus))), key=lambda sample: sample.key)
+    assert [(sample.key, sample.mask.shape) for sample in samples] == [
+        ("P0000_0", (500, 450)),
+        ("P0000_1", (500, 450)),
+        ("P0000_2", (500, 450)),
+        ("P0000_3", (500, 450)),
+        ("P0001_0", (300, 400)),
+    ]
+    assert manifest.statistics.class_pixels == tuple(counts)
+    assert all(not make_shard(job).written for job in plan.jobs)  # verified, not made again
 
 
 @pytest.mark.cluster
