@@ -296,6 +296,8 @@ def _check_layout(spec: CorpusSpec) -> None:
         missing = sorted({*pattern_fields(spec.key), *_split_fields(rule)} - sample_fields(spec, patterns))
         if missing:
             raise ValueError(f"key or splits use {missing}, which layout.{name}.images does not name")
+        if spec.tiles and TILE_FIELD in pattern_fields(patterns.images):
+            raise ValueError(f"layout.{name} names {{tile}}, which is the number of a tile that is cut")
     if isinstance(rule, ListSplits) and rule.duplicates not in rule.splits:
         raise ValueError(f"splits.duplicates is {rule.duplicates!r}, not one of {list(rule.splits)}")
     if spec.tiles and TILE_FIELD not in pattern_fields(spec.key):

@@ -277,6 +277,11 @@ def test_errors_in_classes_name_file_and_field(root: Path, fields: dict[str, obj
         ("layout: {val: {masks: 'val/{other}.png'}}\n", r"images name the fields \['name'\], masks \['other'\]"),
         ("chanel_order: rgb\n", "field chanel_order: unknown; did you mean 'channel_order'"),
         ("tiles: {size: 512, grid: even}\n", "key must name {tile}"),
+        (
+            "tiles: {size: 512, grid: even}\nkey: '{name}-{tile}'\n"
+            "layout: {val: {images: 'val/{name}-{tile}.png', masks: 'val/{name}-{tile}m.png'}}\n",
+            "layout.val names {tile}, which is the number",
+        ),
         ("key: '{name}-{tile}'\n", r"use \['tile'\], which layout.train.images does not name"),
         (
             "tiles: {size: 512, grid: even}\nkey: '{name}-{tile}'\nexif: {image: apply}\n",
