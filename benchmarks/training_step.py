@@ -39,6 +39,7 @@ class SyntheticBatch:
     query_ids: torch.Tensor
     colour_ids: torch.Tensor
     class_weights: torch.Tensor
+    latents: torch.Tensor | None = None
 
     @classmethod
     def draw(cls, size: int, crop: int, device: torch.device) -> SyntheticBatch:

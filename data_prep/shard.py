@@ -108,7 +108,7 @@ def plan_split(
         raise DigSegError(f"corpus {source.name}: sample keys must be unique and free of '.' and '/'")
     storage = Storage(out)
     storage.check_writable()
-    before = _earlier_manifest(storage, name, split)
+    before = earlier_manifest(storage, name, split)
     known = {entry.name: entry for entry in before.shards} if before else {}
     jobs = tuple(
         ShardJob(
@@ -126,25 +126,45 @@ def plan_split(
 
 
 def finish_split(plan: SplitPlan, results: Sequence[ShardResult]) -> Manifest:
-    """The second half of :func:`shard_corpus`: write rejected.jsonl, then the manifest, last; remove what is left of
-    earlier plans and of jobs that were killed."""
+    """The second half of :func:`shard_corpus`: describe what the jobs made, and say so."""
     rejected = sorted((r for result in results for r in result.rejected), key=lambda r: r.key)
     if not any(result.entry for result in results):
         raise _nothing_intact(plan.corpus, plan.split, [r.reason for r in rejected])
     lines = "".join(record.model_dump_json() + "\n" for record in rejected).encode()
     manifest = _manifest(plan, results, len(rejected), hashlib.sha256(lines).hexdigest())
-    storage, folder = plan.storage, plan.folder
+    publish(plan.storage, manifest, lines, plan.before)
+    _report(plan.storage, manifest, results, rejected)
+    return manifest
+
+
+def earlier_manifest(storage: Storage, name: str, split: str) -> Manifest | None:
+    """The manifest that an earlier run left, if it is sound."""
+    path = f"{split_path(name, split)}/{MANIFEST_NAME}"
+    try:
+        return parse_manifest(storage.read(path), storage.url(path))
+    except FileNotFoundError:
+        return None
+    except DigSegError:
+        # Damaged: every shard is then judged by its own index, and a sound manifest is written.
+        return None
+
+
+def publish(storage: Storage, manifest: Manifest, rejected: bytes, before: Manifest | None) -> None:
+    """Write rejected.jsonl, then the manifest, last; remove what is left of earlier plans and of jobs that were killed.
+
+    Raises:
+        DigSegError: the shards are not seen from here.
+    """
+    folder = split_path(manifest.corpus, manifest.split)
     _check_shared(storage, folder, manifest)
-    if plan.before != manifest:
+    if before != manifest:
         storage.remove(f"{folder}/{MANIFEST_NAME}")
-    storage.write(f"{folder}/{REJECTED_NAME}", lines)
+    storage.write(f"{folder}/{REJECTED_NAME}", rejected)
     storage.write(f"{folder}/{MANIFEST_NAME}", manifest.to_json())
     known = {name for entry in manifest.shards for name in entry.digests()}
     for file in storage.files(folder):
         if file.endswith(TEMPORARY_SUFFIX) or (is_shard_file(file) and file not in known):
             storage.remove(f"{folder}/{file}")
-    _report(storage, manifest, results, rejected)
-    return manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -211,17 +231,6 @@ def _report(storage: Storage, manifest: Manifest, results: Sequence[ShardResult]
         say(f"  {len(rejected)} samples rejected, see {where}")
         for record in rejected[:SHOWN_REASONS]:
             say(f"  {record.key}: {record.reason}")
-
-
-def _earlier_manifest(storage: Storage, name: str, split: str) -> Manifest | None:
-    path = f"{split_path(name, split)}/{MANIFEST_NAME}"
-    try:
-        return parse_manifest(storage.read(path), storage.url(path))
-    except FileNotFoundError:
-        return None
-    except DigSegError:
-        # Damaged: every shard is then judged by its own index, and a sound manifest is written.
-        return None
 
 
 def _checked_name(name: str) -> str:

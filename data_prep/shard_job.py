@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -78,7 +78,8 @@ def make_shard(job: ShardJob) -> ShardResult:
         DigSegError: the shard cannot be written.
     """
     storage = Storage(job.root)
-    present = _present(storage, job)
+    folder = split_path(job.name, job.split)
+    present = present_shard(storage, folder, job.shard, job.expected, lambda: _source_sha256(job))
     if present is not None:
         return present
 
@@ -89,7 +90,6 @@ def make_shard(job: ShardJob) -> ShardResult:
     first = next(samples, None)
     if first is None:
         return ShardResult(None, None, tuple(rejected), written=False)
-    folder = split_path(job.name, job.split)
     try:
         # A manifest never describes shards that are being replaced.
         storage.remove(f"{folder}/{MANIFEST_NAME}")
@@ -131,20 +131,22 @@ def _file_digest(path: Path) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def _present(storage: Storage, job: ShardJob) -> ShardResult | None:
-    """The result of an earlier run, if its files are what that run wrote and its sources are the same."""
-    folder = split_path(job.name, job.split)
+def present_shard(
+    storage: Storage, folder: str, shard: str, expected: ShardEntry | None, source: Callable[[], str]
+) -> ShardResult | None:
+    """The result of an earlier run, if its files are what that run wrote (and what its manifest, where there is one,
+    ``expected``) and were made from the same ``source``."""
     try:
-        index = storage.read(f"{folder}/{index_name(job.shard)}")
+        index = storage.read(f"{folder}/{index_name(shard)}")
     except FileNotFoundError:
         return None
     header = parse_header(index)
-    if header is None or header.name != job.shard:
+    if header is None or header.name != shard:
         return None
     entry = shard_entry(header, index)
-    if job.expected not in (None, entry) or any(shard_problems(storage, folder, entry)):
+    if expected not in (None, entry) or any(shard_problems(storage, folder, entry)):
         return None
-    if header.source_sha256 != _source_sha256(job):
+    if header.source_sha256 != source():
         return None
     return ShardResult(entry, header.statistics, header.rejected, written=False)
 

@@ -151,7 +151,10 @@ def _lint_shards(options: argparse.Namespace) -> None:
     _say_duplicates(report.duplicates)
     looked_at = f"{report.samples} samples in {report.shards} shards of {report.splits} splits"
     if report.problems:
-        say(f"{looked_at}: {len(report.problems)} problems; run data_prep/shard.py again to mend them")
+        say(
+            f"{looked_at}: {len(report.problems)} problems; run data_prep/shard.py again to mend them (latents: "
+            "data_prep/encode_latents.py)"
+        )
         raise SystemExit(1)
     say(f"{looked_at}: intact")
     if options.strict and report.duplicates.leaks:

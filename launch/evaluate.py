@@ -119,9 +119,11 @@ def choose_splits(root: str, split: str | None = None, corpora: Sequence[str] = 
     `corpora` if any are named.
 
     Raises:
-        DigSegError: nothing is left, or a corpus that is not there.
+        DigSegError: nothing is left, a corpus that is not there, or latents in place of images.
     """
     manifests = list_manifests(root)
+    if any(manifest.latents is not None for manifest in manifests):
+        raise DigSegError(f"{root} holds latents of augmented views; evaluate on the shards they were made from")
     names = sorted({manifest.corpus for manifest in manifests})
     for name in corpora:
         if name not in names:

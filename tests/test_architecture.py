@@ -45,6 +45,8 @@ def test_data_preparation_uses_only_format_config_and_cluster(repository: Path) 
         for module in _imports(path)
         if module.startswith(("digseg.", "launch"))
         and module.split(".")[1] not in {"data", "config", "cluster", "errors", "console"}
+        # Encoding needs the autoencoder.
+        and not (path.name in {"encode_latents.py", "latent_job.py"} and module.startswith("digseg.model.autoencoder"))
     ]
     assert wrong == []
 

@@ -49,6 +49,11 @@ def ray_session(cluster: ClusterConfig | None = None) -> Iterator[None]:
             ray.shutdown()
 
 
+def free_gpus() -> float:
+    """GPUs of the cluster that no task or actor holds now; needs a session."""
+    return float(ray.available_resources().get("GPU", 0))
+
+
 def _join(address: str) -> None:
     try:
         _check_listening(address)

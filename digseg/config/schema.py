@@ -131,6 +131,7 @@ class DataConfig(Section):
     """Shards, their mixture, and how a sample becomes a training crop."""
 
     root: Location = "outputs/shards"
+    latents: Location | None = None  # latents of these shards' images (data_prep/encode_latents.py): trains on them
     corpora: Annotated[list[MixtureEntry], Field(min_length=1)]
     # Instead of weights: a corpus of n samples weighs n^(1/temperature); 1 mixes by size, a large one evenly.
     temperature: Annotated[float, Field(gt=0)] | None = None

@@ -17,6 +17,7 @@ from PIL import Image
 
 from digseg.data.decoding import decode_image, decode_mask
 from digseg.data.format import (
+    LATENT_MEMBER,
     MASK_MEMBER,
     META_MEMBER,
     IndexEntry,
@@ -28,6 +29,7 @@ from digseg.data.format import (
     split_path,
 )
 from digseg.data.index import ShardIndex
+from digseg.data.latents import Latents, unpack_latents
 from digseg.data.order import WindowedOrder
 from digseg.data.storage import Storage
 from digseg.errors import DigSegError
@@ -64,12 +66,19 @@ class Sample:
     classes).
 
     With ``min_short_side`` the image may be smaller than the mask by up to a whole factor, see :meth:`read`.
+    ``latents`` float16 [C, h, w] of the image are there where they are stored.
     """
 
     key: str
     image: npt.NDArray[np.uint8]
     mask: npt.NDArray[Any]
     meta: dict[str, Any]
+    latents: Latents | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays."""
+        return self.image.nbytes + self.mask.nbytes + (0 if self.latents is None else self.latents.nbytes)
 
 
 class ShardedCorpus:
@@ -102,12 +111,14 @@ class ShardedCorpus:
         return f"{self.manifest.corpus}/{self.manifest.split}"
 
     def shuffled(self, window: int) -> WindowedOrder:
-        """An order of the samples that goes through ``window`` shards at a time.
+        """An order of the samples that goes through ``window`` shards at a time; all views of a sample are one.
 
         Shards of unequal sizes are cut where shards of the largest size would be, so that a window may touch a few
         more than that.
         """
-        return WindowedOrder(len(self), max(shard.samples for shard in self.manifest.shards), window)
+        views = 1 if self.manifest.latents is None else self.manifest.latents.views
+        largest = max(shard.samples for shard in self.manifest.shards)
+        return WindowedOrder(len(self) // views, largest // views, window)
 
     def stored(self, index: int) -> StoredSample:
         """The undecoded bytes of sample ``index``, with one ranged read.
@@ -143,7 +154,7 @@ class ShardedCorpus:
         """
         for shard in self.manifest.shards:
             for problem in shard_problems(self._storage, self._folder, shard):
-                raise DigSegError(f"{problem}; run data_prep/shard.py again to mend it")
+                raise DigSegError(f"{problem}; run {self.manifest.job} again to mend it")
 
     def _locate(self, index: int) -> tuple[int, int]:
         """(shard, number within it) of a sample."""
@@ -159,12 +170,12 @@ class ShardedCorpus:
             try:
                 entries = parse_index(self._storage.read(path), self._storage.url(path))
             except FileNotFoundError as error:
-                hint = "run data_prep/shard.py again to mend it"
+                hint = f"run {self.manifest.job} again to mend it"
                 raise DigSegError(f"{self._storage.url(path)} is missing; {hint}") from error
             if len(entries) != entry.samples:
                 raise DigSegError(
                     f"{self._storage.url(path)} lists {len(entries)} samples, the manifest says "
-                    f"{entry.samples}; run data_prep/shard.py again to mend it"
+                    f"{entry.samples}; run {self.manifest.job} again to mend it"
                 )
             self._indexes[shard] = ShardIndex(entries)
             if len(self._indexes) > self._open_indexes:
@@ -178,7 +189,7 @@ class ShardedCorpus:
             size = self._storage.size(path)
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
-                hint = "run data_prep/shard.py again to mend it"
+                hint = f"run {self.manifest.job} again to mend it"
                 raise DigSegError(f"{self._storage.url(path)} {found}; {hint}")
 
 
@@ -214,6 +225,7 @@ def decode_sample(stored: StoredSample, min_short_side: int | None = None) -> Sa
             decode_image(stored.member(entry.image_member), min_short_side),
             decode_mask(stored.member(MASK_MEMBER)),
             json.loads(stored.member(META_MEMBER)),
+            unpack_latents(stored.member(LATENT_MEMBER)) if LATENT_MEMBER in entry.members else None,
         )
     except (KeyError, StopIteration) as error:
         raise CorruptSampleError(entry.key, stored.where, "its index line lacks a member") from error

@@ -7,7 +7,8 @@
                             rejected.jsonl                source samples that were left out, and why
 
 The tar is plain WebDataset. Masks hold contiguous ids of the manifest's vocabulary; 255 (65535 in the
-16-bit masks of vocabularies above 255 classes) is ignored everywhere.
+16-bit masks of vocabularies above 255 classes) is ignored everywhere. Where the manifest has ``latents``, samples are
+views of samples (:mod:`digseg.data.latents`), and each has its latents beside it as KEY.latent.npy.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from digseg.data.latents import LatentRecipe
 from digseg.data.storage import Storage
 from digseg.errors import DigSegError, nearest
 
@@ -30,6 +32,7 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
 MASK_MEMBER = "mask.png"
+LATENT_MEMBER = "latent.npy"
 META_MEMBER = "json"
 IMAGE_MEMBERS = ("image.jpg", "image.png")
 MAX_8BIT_CLASSES = 255
@@ -163,7 +166,13 @@ class Manifest(_Record):
     rejected_sha256: str
     shards: tuple[ShardEntry, ...]
     statistics: Statistics
+    latents: LatentRecipe | None = None
     digest: str = ""
+
+    @property
+    def job(self) -> str:
+        """The program that makes such shards, and mends them."""
+        return "data_prep/shard.py" if self.latents is None else "data_prep/encode_latents.py"
 
     def with_digest(self) -> Manifest:
         """The same manifest carrying sha256 over the canonical JSON of everything but the digest itself."""

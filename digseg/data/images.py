@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from digseg.data.corpus import Sample, ShardedCorpus
+from digseg.data.latents import Latents
 from digseg.data.transforms import TransformSettings, training_crop
 
 
 class Crop(NamedTuple):
     """A sample's key and what is trained on: ``image`` float32 [3, C, C] in [-1, 1]; ``labels`` uint8 [C, C],
-    slots of the query, 255 ignored."""
+    slots of the query, 255 ignored; ``latents`` float16 [c, h, w] of the image, None where they are not stored."""
 
     key: str
     image: npt.NDArray[np.float32]
     labels: npt.NDArray[np.uint8]
+    latents: Latents | None
+
+
+class SampleSource(Protocol):
+    """Where the training crops of one corpus come from."""
+
+    def crop(self, sample: int, epoch: int, label_map: npt.NDArray[np.uint8], rng: np.random.Generator) -> Crop:
+        """What is trained on of a sample in an epoch: a pure function of the arguments and the generator's state.
+
+        ``label_map`` turns the values of the mask into slots of a query.
+
+        Raises:
+            CorruptSampleError: the sample cannot be read or decoded.
+        """
 
 
 class ImageSource:
@@ -26,21 +41,11 @@ class ImageSource:
     def __init__(self, corpus: ShardedCorpus, settings: TransformSettings, cache: DecodedCache) -> None:
         self._corpus, self._settings, self._cache = corpus, settings, cache
 
-    def crop(self, place: int, label_map: npt.NDArray[np.uint8], rng: np.random.Generator) -> Crop:
-        """A random crop of sample ``place``: a pure function of the arguments and the generator's state.
-
-        ``label_map`` turns the values of the mask into slots of a query.
-
-        Raises:
-            CorruptSampleError: the sample cannot be read or decoded.
-        """
-        cached = (self._corpus.name, place)
-        sample = self._cache.get(cached)
-        if sample is None:
-            sample = self._corpus.read(place, self._settings.longest_short_side)
-            self._cache.put(cached, sample)
-        image, labels = training_crop(sample.image, sample.mask, label_map, self._settings, rng)
-        return Crop(sample.key, image, labels)
+    def crop(self, sample: int, epoch: int, label_map: npt.NDArray[np.uint8], rng: np.random.Generator) -> Crop:
+        """A random crop of the sample; what the epoch is does not matter."""
+        decoded = self._cache.read(self._corpus, sample, self._settings.longest_short_side)
+        image, labels = training_crop(decoded.image, decoded.mask, label_map, self._settings, rng)
+        return Crop(decoded.key, image, labels, None)
 
 
 class DecodedCache:
@@ -57,11 +62,12 @@ class DecodedCache:
         # A loader process fills its own.
         return DecodedCache, (self._max_bytes,)
 
-    def get(self, place: tuple[str, int]) -> Sample | None:
-        return self._samples.get(place)
-
-    def put(self, place: tuple[str, int], sample: Sample) -> None:
-        size = sample.image.nbytes + sample.mask.nbytes
-        if size <= self._free_bytes:
-            self._free_bytes -= size
-            self._samples[place] = sample
+    def read(self, corpus: ShardedCorpus, place: int, min_short_side: int | None = None) -> Sample:
+        """:meth:`ShardedCorpus.read`, or what it gave before."""
+        sample = self._samples.get((corpus.name, place))
+        if sample is None:
+            sample = corpus.read(place, min_short_side)
+            if sample.nbytes <= self._free_bytes:
+                self._free_bytes -= sample.nbytes
+                self._samples[corpus.name, place] = sample
+        return sample

@@ -50,9 +50,10 @@ def lint_shards(root: str | Path) -> LintReport:
 
     Checked are the manifest's digest; presence, size and sha256 of every shard, its index and hashes, and of the list
     of rejected samples; the index' agreement with shard and hashes; that every sample's image and mask decode, are of
-    one size, and hold no id outside the vocabulary; that no key comes twice; the manifest's statistics; and files of
-    shards that no manifest knows. One sample is in memory at a time, and the hashes of all. Images that come more than
-    once are no problem of the shards; they are found by their hashes alone.
+    one size, and hold no id outside the vocabulary; that views have finite latents, of the right shape, and lie in
+    their order; that no key comes twice; the manifest's statistics; and files of shards that no manifest knows. One
+    sample is in memory at a time, and the hashes of all. Images that come more than once are no problem of the shards;
+    they are found by their hashes alone.
 
     Raises:
         DigSegError: there are no shards below the root.
@@ -134,9 +135,9 @@ class _Split:
         yield from self._hashes(shard, entries)
         if self._storage.size(tar) is None:
             return
-        for entry in entries:
+        for number, entry in enumerate(entries):
             self._report.samples += 1
-            reason = self._sample(tar, entry)
+            reason = self._sample(tar, entry, number)
             if reason:
                 yield reason
 
@@ -153,7 +154,7 @@ class _Split:
             yield f"{self._storage.url(path)} is not of the samples that the index lists"
         self._finder.add(self._folder, lines)
 
-    def _sample(self, tar: str, entry: IndexEntry) -> str | None:
+    def _sample(self, tar: str, entry: IndexEntry, number: int) -> str | None:
         """What is wrong with a sample; its statistics are kept where nothing is."""
         name = f"sample {entry.key!r} in {self._storage.url(tar)}"
         if entry.key in self._keys:
@@ -171,6 +172,10 @@ class _Split:
         if foreign.size:
             ids = ", ".join(map(str, foreign[:5]))
             return f"{name}: ids outside the vocabulary of {num_classes} classes: {ids}"
+        recipe = self._manifest.latents
+        reason = recipe.problem(number, entry.key, mask.shape, sample.latents) if recipe else None
+        if reason:
+            return f"{name}: {reason}"
         counted = Statistics.of_mask(mask, num_classes)
         self._counted = Statistics.merged([self._counted, counted]) if self._counted else counted
         return None

@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import ForkServerContext
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from digseg.config.schema import Config
+from digseg.data.latents import Latents
 from digseg.data.queries import class_weights
 from digseg.data.training_data import TrainingData, TrainingSample
 from digseg.errors import DigSegError
@@ -30,10 +32,10 @@ class Batch:
     """B samples; K is the largest number of slots among their queries.
 
     images float32 [B, 3, H, W] in [-1, 1]; labels int64 [B, H, W], slot in the row's query, 255 = ignored;
-    query_ids int64 [B, K] into the table of names, -1 where padded; colour_ids int64 [B, K] into the
-    palette, 0 where padded; class_weights float32 [B, K], 1 where padded or foreign; positions int64 [B],
-    always on the CPU; keys are ``corpus/split/key``; corrupt says of samples that could not be read and were
-    replaced (by such a key) why.
+    query_ids int64 [B, K] into the table of names, -1 where padded; colour_ids int64 [B, K] into the palette, 0 where
+    padded; class_weights float32 [B, K], 1 where padded or foreign; positions int64 [B], always on the CPU; latents
+    float16 [B, C, h, w] of the images, None where they are not stored; keys are ``corpus/split/key``; corrupt says of
+    samples that could not be read and were replaced (by such a key) why.
     """
 
     images: torch.Tensor
@@ -42,6 +44,7 @@ class Batch:
     colour_ids: torch.Tensor
     class_weights: torch.Tensor
     positions: torch.Tensor
+    latents: torch.Tensor | None
     keys: list[str]
     corrupt: dict[str, str]
 
@@ -51,8 +54,9 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with all that the model reads on ``device``."""
         moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("images", "labels", "query_ids", "colour_ids", "class_weights")
+            name: value.to(device, non_blocking=non_blocking)
+            for name in ("images", "labels", "query_ids", "colour_ids", "class_weights", "latents")
+            if (value := getattr(self, name)) is not None
         }
         return dataclasses.replace(self, **moved)
 
@@ -61,9 +65,13 @@ class Batch:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield Batch(
-                **{field.name: getattr(self, field.name)[part] for field in dataclasses.fields(self)[:-1]},
+                **{field.name: _cut(getattr(self, field.name), part) for field in dataclasses.fields(self)[:-1]},
                 corrupt=self.corrupt if start == 0 else {},
             )
+
+
+def _cut(values: Any, part: slice) -> Any:
+    return None if values is None else values[part]
 
 
 def training_batches(
@@ -172,6 +180,13 @@ def collate(samples: Sequence[TrainingSample], exponent: float, maximum: float) 
         colour_ids=torch.from_numpy(colour_ids),
         class_weights=torch.from_numpy(weights),
         positions=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
+        latents=_stacked([sample.latents for sample in samples]),
         keys=[sample.key for sample in samples],
         corrupt={key: reason for sample in samples for key, reason in sample.corrupt.items()},
     )
+
+
+def _stacked(latents: Sequence[Latents | None]) -> torch.Tensor | None:
+    """Float16 [B, C, h, w]; a run stores them for all samples or for none."""
+    stored = [array for array in latents if array is not None]
+    return torch.from_numpy(np.stack(stored)) if stored else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import uuid
 from pathlib import Path
@@ -54,15 +55,22 @@ class Storage:
         """
         try:
             if self.is_local:
-                folder = Path(self.root)
-                existing = next(path for path in (folder, *folder.parents) if path.exists())
-                with tempfile.TemporaryFile(dir=existing):
+                with tempfile.TemporaryFile(dir=self._existing()):
                     return
             probe = self.url(f".write-check-{uuid.uuid4().hex[:12]}")
             self._fs().pipe_file(probe, b"")
             self._fs().rm_file(probe)
         except Exception as error:  # every remote file system has errors of its own
             raise DigSegError(f"{self.root} cannot be written: {error}") from error
+
+    def free_bytes(self) -> int | None:
+        """What the disk of a local root still holds; None for a remote one."""
+        return shutil.disk_usage(self._existing()).free if self.is_local else None
+
+    def _existing(self) -> Path:
+        """The folder of a local root, or the nearest one above it that exists."""
+        folder = Path(self.root)
+        return next(path for path in (folder, *folder.parents) if path.exists())
 
     def read(self, path: str) -> bytes:
         """All bytes of a file. Raises FileNotFoundError."""

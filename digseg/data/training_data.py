@@ -6,7 +6,7 @@ after which other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,19 +14,24 @@ import numpy.typing as npt
 
 from digseg.config.schema import DataConfig
 from digseg.data.corpus import CorruptSampleError, ShardedCorpus
-from digseg.data.images import DecodedCache, ImageSource
+from digseg.data.images import DecodedCache, ImageSource, SampleSource
+from digseg.data.latent_source import LatentSource
+from digseg.data.latents import LATENTS_CODE, Latents
 from digseg.data.mixture import GlobalOrder, temperature_weights
+from digseg.data.order import WindowedOrder, mix64
 from digseg.data.queries import Query, class_frequencies, draw_query, name_table, query_vocabulary
 from digseg.data.transforms import TransformSettings
 from digseg.errors import DigSegError
 
 # Independent random streams of one position: the query must not change with the image's size.
 _QUERY, _CROP = 1, 2
+_VIEW = 3  # stream of the run's seed
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """``image`` float32 [3, C, C] in [-1, 1]; ``labels`` uint8 [C, C], slots of the query, 255 ignored.
+    """``image`` float32 [3, C, C] in [-1, 1]; ``labels`` uint8 [C, C], slots of the query, 255 ignored; ``latents``
+    float16 [c, h, w] of the image, None where they are not stored.
 
     ``corrupt`` says of the samples that were due here but could not be read why.
     """
@@ -35,6 +40,7 @@ class TrainingSample:
     key: str
     image: npt.NDArray[np.float32]
     labels: npt.NDArray[np.uint8]
+    latents: Latents | None
     query: Query
     corrupt: dict[str, str]
 
@@ -49,22 +55,23 @@ class TrainingData:
     def __init__(self, config: DataConfig, seed: int) -> None:
         self._config, self._seed = config, seed
         window = config.shuffle_window
+        root = config.latents or config.root
         self._corpora = [
             # A window may touch twice its number of shards, and a reader is in two windows at a time.
-            ShardedCorpus(config.root, entry.name, entry.split, open_indexes=4 * window)
+            ShardedCorpus(root, entry.name, entry.split, open_indexes=4 * window)
             for entry in config.corpora
         ]
         self.manifests = tuple(corpus.manifest for corpus in self._corpora)
         self.names = name_table(self.manifests)
         self.class_frequency = tuple(class_frequencies(manifest) for manifest in self.manifests)
         orders = [corpus.shuffled(window) for corpus in self._corpora]
-        self.order = GlobalOrder(orders, _weights(config, self._corpora), seed)
+        self.order = GlobalOrder(orders, _weights(config, orders), seed)
         self._vocabularies = [query_vocabulary(m, self.manifests, self.names) for m in self.manifests]
-        cache = DecodedCache(config.decoded_cache_mb << 20)
-        self._sources = [
-            ImageSource(corpus, TransformSettings.of(config, entry, corpus.manifest.domain), cache)
-            for entry, corpus in zip(config.corpora, self._corpora, strict=True)
+        self._transforms = [
+            TransformSettings.of(config, entry, manifest.domain)
+            for entry, manifest in zip(config.corpora, self.manifests, strict=True)
         ]
+        self._sources = self._opened()
 
     def sample(self, position: int) -> TrainingSample:
         """The sample at a global position: the same whoever asks, whenever.
@@ -84,24 +91,67 @@ class TrainingData:
         )
         corpus, source = self._corpora[number], self._sources[number]
         corrupt: dict[str, str] = {}
-        for attempt in range(min(len(corpus), self._config.max_corrupt + 1)):
+        for attempt in range(min(self.order.mixture.sizes[number], self._config.max_corrupt + 1)):
             place = self.order.locate(position, attempt)
             try:
-                crop = source.crop(place.sample, query.label_map, self._rng(position, _CROP))
+                crop = source.crop(place.sample, place.epoch, query.label_map, self._rng(position, _CROP))
             except CorruptSampleError as error:
                 corrupt[f"{corpus.name}/{error.key}"] = str(error)
             else:
-                return TrainingSample(position, f"{corpus.name}/{crop.key}", crop.image, crop.labels, query, corrupt)
+                return TrainingSample(
+                    position,
+                    f"{corpus.name}/{crop.key}",
+                    crop.image,
+                    crop.labels,
+                    crop.latents,
+                    query,
+                    corrupt,
+                )
         raise DigSegError(
             f"{len(corrupt)} samples in a row cannot be read, the last was {list(corrupt.values())[-1]}; "
-            "run data_prep/shard.py again to mend the shards"
+            f"run {corpus.manifest.job} again to mend the shards"
         )
+
+    def check_autoencoder(self, identity: Mapping[str, str]) -> None:
+        """Whether stored latents are what this autoencoder, at these settings, would make of the images.
+
+        Raises:
+            DigSegError: they are not, with each part that differs.
+        """
+        for corpus, transform in zip(self._corpora, self._transforms, strict=True):
+            latents = corpus.manifest.latents
+            if latents is None:
+                continue
+            run = latents.model_copy(
+                update={"code": LATENTS_CODE, "autoencoder": dict(identity), "transform": transform}
+            )
+            if differences := latents.differences(run):
+                raise DigSegError(
+                    f"data.latents {self._config.latents}: {corpus.name} was encoded for another run than this one, "
+                    f"they differ in {', '.join(differences)}; set the keys as the latents have them, or encode anew "
+                    "with data_prep/encode_latents.py --config"
+                )
+
+    def _opened(self) -> list[SampleSource]:
+        cache = DecodedCache(self._config.decoded_cache_mb << 20)
+        if self._config.latents is not None:
+            return [
+                LatentSource(corpus, mix64(self._seed, _VIEW, number), cache)
+                for number, corpus in enumerate(self._corpora)
+            ]
+        for corpus in self._corpora:
+            if corpus.manifest.latents is not None:
+                raise DigSegError(f"data.root {self._config.root} holds latents of {corpus.name}; name it data.latents")
+        return [
+            ImageSource(corpus, transform, cache)
+            for corpus, transform in zip(self._corpora, self._transforms, strict=True)
+        ]
 
     def _rng(self, position: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, position, stream])
 
 
-def _weights(config: DataConfig, corpora: Sequence[ShardedCorpus]) -> list[float]:
+def _weights(config: DataConfig, corpora: Sequence[WindowedOrder]) -> list[float]:
     if config.temperature is not None:
-        return temperature_weights([len(corpus) for corpus in corpora], config.temperature)
+        return temperature_weights([corpus.samples for corpus in corpora], config.temperature)
     return [1.0 if entry.weight is None else entry.weight for entry in config.corpora]

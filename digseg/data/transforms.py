@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from PIL import Image
 
 from digseg.config.schema import DataConfig, MixtureEntry
 
-IGNORE_LABEL = 255
+LabelT = TypeVar("LabelT", np.uint8, np.uint16)
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class TransformSettings:
 def training_crop(
     image: npt.NDArray[np.uint8],
     mask: npt.NDArray[Any],
-    label_map: npt.NDArray[np.uint8],
+    label_map: npt.NDArray[LabelT],
     settings: TransformSettings,
     rng: np.random.Generator,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[LabelT]]:
     """A random crop of an image [h, w, 3] and its mask [H, W]; the two may differ in size by a common factor.
 
     The image is resampled bilinearly with antialiasing, the mask by nearest neighbour, its values turned into
-    labels by ``label_map``. Where the resized image is smaller than the crop, the image is padded with 0 (grey)
-    and labels with 255.
+    labels by ``label_map`` [mask values], uint8 or uint16. Where the resized image is smaller than the crop, the
+    image is padded with 0 (grey) and labels with the largest value of their type, which is ignored.
 
     Returns:
-        float32 [3, C, C] in [-1, 1] and uint8 [C, C], C = crop_size.
+        float32 [3, C, C] in [-1, 1] and [C, C] of the label map's type, C = crop_size.
     """
     crop = settings.crop_size
     height, width = mask.shape
@@ -69,7 +69,7 @@ def training_crop(
     window = np.s_[down.start : down.start + down.length, right.start : right.start + right.length]
     pixels = np.zeros((crop, crop, 3), dtype=np.float32)
     pixels[window] = _jitter(_resized(image, down, right), settings.colour_jitter, rng)
-    target = np.full((crop, crop), IGNORE_LABEL, dtype=np.uint8)
+    target = np.full((crop, crop), np.iinfo(label_map.dtype).max, dtype=label_map.dtype)
     target[window] = label_map[mask[np.ix_(_nearest(down, height), _nearest(right, width))]]
 
     if settings.flip:

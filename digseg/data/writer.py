@@ -18,6 +18,7 @@ from PIL import Image
 
 from digseg.data.format import (
     FORMAT_VERSION,
+    LATENT_MEMBER,
     MASK_MEMBER,
     MAX_8BIT_CLASSES,
     META_MEMBER,
@@ -35,7 +36,8 @@ from digseg.data.storage import Storage
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as it lies in the tar, and the hashes of its image. ``image_ext`` is ``jpg`` or ``png``."""
+    """A sample as it lies in the tar, and the hashes of its image. ``image_ext`` is ``jpg`` or ``png``; ``latents`` are
+    the bytes of an npy file."""
 
     key: str
     image: bytes
@@ -43,6 +45,7 @@ class EncodedSample:
     mask_png: bytes
     meta: Mapping[str, Any]
     hashes: ImageHashes
+    latents: bytes | None = None
 
 
 class ShardWriter:
@@ -68,6 +71,8 @@ class ShardWriter:
             MASK_MEMBER: sample.mask_png,
             META_MEMBER: json.dumps(dict(sample.meta), sort_keys=True).encode(),
         }
+        if sample.latents is not None:
+            contents[LATENT_MEMBER] = sample.latents
         start, checksum = self._offset, 0
         members: dict[str, tuple[int, int]] = {}
         for member, content in contents.items():

@@ -16,6 +16,7 @@ from digseg.console import progress
 from digseg.data.corpus import Sample, ShardedCorpus
 from digseg.data.duplicates import DuplicateGroup, Member, find_duplicates
 from digseg.data.format import REJECTED_NAME, Manifest, Rejected, Statistics, list_manifests, split_path
+from digseg.data.latents import LatentRecipe
 from digseg.data.storage import Storage
 from digseg.errors import DigSegError
 from digseg.evaluation.colours import class_colours, paint
@@ -59,6 +60,7 @@ class _SplitView:
     bytes: int
     sizes: str
     digest: str
+    latents: str | None
     ignored: float
     rejected: list[Rejected]
     classes: list[_ClassRow]
@@ -120,6 +122,7 @@ def _view(root: str | Path, manifest: Manifest, samples_per_split: int) -> _Spli
         bytes=sum(shard.bytes for shard in manifest.shards),
         sizes=_sizes(counts),
         digest=manifest.digest,
+        latents=_latents(manifest.latents),
         ignored=counts.ignore_pixels / max(1, labelled + counts.ignore_pixels),
         rejected=_rejected(root, manifest),
         classes=[
@@ -143,6 +146,15 @@ def _rejected(root: str | Path, manifest: Manifest) -> list[Rejected]:
     except (ValueError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise DigSegError(f"{storage.url(path)} is damaged ({reason}); run data_prep/shard.py again") from error
+
+
+def _latents(recipe: LatentRecipe | None) -> str | None:
+    """What the views are, and which autoencoder encoded them."""
+    if recipe is None:
+        return None
+    autoencoder = ", ".join(f"{name} {value[:12]}" for name, value in recipe.autoencoder.items())
+    shape = " x ".join(map(str, recipe.latent_shape))
+    return f"{recipe.views} views of each sample, {shape} by autoencoder of {autoencoder}"
 
 
 def _sizes(counts: Statistics) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +14,7 @@ from torch import Tensor
 
 from digseg.config import AutoencoderConfig
 from digseg.errors import DigSegError
+from digseg.model.palette import palette
 
 
 class Autoencoder(Protocol):
@@ -18,12 +23,16 @@ class Autoencoder(Protocol):
     factor: int
     channels: int
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What :meth:`encode` depends on, part by part: autoencoders that agree in all of it give the same latents."""
+
     def encode(self, images: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
     def compose(self, weights: Tensor, colours: Tensor) -> Tensor:
-        """Latents of a soft mask: ``weights [B, K, H, W]`` sum to 1 over K, ``colours [B, K, 3]`` in [-1, 1]."""
+        """Latents of a soft mask: ``weights [B, K, H, W]`` sum to 1 over K, ``colours [B, K, 3]`` are the palette's."""
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
@@ -40,6 +49,7 @@ class ShuffleAutoencoder:
     def __init__(self, factor: int) -> None:
         self.factor = factor
         self.channels = 3 * factor * factor
+        self.identity = {"type": "shuffle", "factor": str(factor)}
 
     def encode(self, images: Tensor) -> Tensor:
         return F.pixel_unshuffle(images, self.factor)
@@ -61,6 +71,7 @@ class KLAutoencoder:
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.channels = int(vae.config.latent_channels)
         self._scale = float(vae.config.scaling_factor)
+        self._palette_cells: Tensor | None = None
 
     @classmethod
     def load(cls, path: str) -> KLAutoencoder:
@@ -68,12 +79,27 @@ class KLAutoencoder:
         from diffusers import AutoencoderKL
 
         try:
-            return cls(AutoencoderKL.from_pretrained(path, local_files_only=True, use_safetensors=True))
+            # Loading with little memory needs the accelerate package, and saves nothing on a model this small.
+            vae = AutoencoderKL.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+            )
         except (OSError, ValueError) as error:
             raise DigSegError(
                 f"model.autoencoder.path {path!r}: no AutoencoderKL with safetensors weights there ({error}); "
                 "give the 'vae' folder of a diffusers checkpoint"
             ) from None
+        return cls(vae)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        config = {name: self._vae.config.get(name) for name in _ENCODER_CONFIG}
+        return {
+            "type": "kl",
+            "factor": str(self.factor),
+            "scaling factor": str(self._scale),
+            "architecture": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+            "weights": _sha256_of_weights(self._vae.state_dict(), _ENCODER_WEIGHTS),
+        }
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -89,9 +115,33 @@ class KLAutoencoder:
 
     def compose(self, weights: Tensor, colours: Tensor) -> Tensor:
         # Each colour's latent is that of a flat image; a cell takes the area-weighted mean of its colours'.
-        batch, num_classes, _ = colours.shape
-        side = 8 * self.factor
-        flat = colours.reshape(-1, 3, 1, 1).expand(-1, -1, side, side)
-        cells = self.encode(flat.contiguous())[:, :, 4, 4].reshape(batch, num_classes, self.channels)
+        places = torch.cdist(colours.float(), palette().to(colours.device)).argmin(-1)
+        cells = self._encoded_palette(colours.device)[places]
         area = F.avg_pool2d(weights, self.factor)
         return torch.einsum("bkhw,bkc->bchw", area, cells)
+
+    def _encoded_palette(self, device: torch.device) -> Tensor:
+        """The latents of flat images of all palette colours, float32 ``[64, channels]``, encoded once a device."""
+        if self._palette_cells is None or self._palette_cells.device != device:
+            side = 8 * self.factor
+            flat = palette().to(device)[:, :, None, None].expand(-1, -1, side, side)
+            # The cells serve training too, and at full precision, whatever first asked for them.
+            with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+                self._palette_cells = self.encode(flat.contiguous())[:, :, 4, 4]
+        return self._palette_cells
+
+
+# What of an AutoencoderKL the latents depend on: fine-tuned decoders share their encoder's latents.
+_ENCODER_WEIGHTS = ("encoder.", "quant_conv.")
+_ENCODER_CONFIG = ("act_fn", "block_out_channels", "down_block_types", "latent_channels", "layers_per_block",
+                   "mid_block_add_attention", "norm_num_groups", "use_quant_conv")  # fmt: skip
+
+
+def _sha256_of_weights(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> str:
+    """sha256 over name, type, shape and bytes of the tensors whose names begin so."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in state if name.startswith(prefixes)):
+        weight = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

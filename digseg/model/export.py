@@ -111,6 +111,11 @@ def export_model(
     return directory
 
 
+def is_export(directory: Path) -> bool:
+    """Whether ``directory`` holds an exported model."""
+    return (directory / _CARD).is_file()
+
+
 def read_card(directory: Path) -> ModelCard:
     """The card of an exported model.
 

@@ -63,7 +63,9 @@ class Segmenter(nn.Module):
         """Image sides must be multiples of this."""
         return int(self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
-    def forward(self, images: Tensor, text: Tensor, mask: Tensor, colours: Tensor) -> SegmenterOutput:
+    def forward(
+        self, images: Tensor, text: Tensor, mask: Tensor, colours: Tensor, latents: Tensor | None = None
+    ) -> SegmenterOutput:
         """Segment in one deterministic step (final timestep, mask half of the input zero).
 
         Args:
@@ -71,8 +73,9 @@ class Segmenter(nn.Module):
             text: standardised class-name embeddings ``[B, K, D]``.
             mask: bool ``[B, K]``, True where a slot holds a class.
             colours: ``[B, K, 3]`` in [-1, 1].
+            latents: ``[B, C, H/f, W/f]`` of the images where they are stored; None: the images are encoded.
         """
-        image_latents = self.autoencoder.encode(images)
+        image_latents = self.autoencoder.encode(images) if latents is None else latents.to(images.dtype)
         tokens, queries = self.queries(text, mask, colours)
         with self._decoding(_Pass(tokens, queries, mask)) as state:
             residual: Tensor = self.unet(

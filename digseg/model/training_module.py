@@ -21,6 +21,10 @@ class QueryBatch(Protocol):
         """float32 ``[B, 3, H, W]`` in [-1, 1]."""
 
     @property
+    def latents(self) -> Tensor | None:
+        """``[B, C, h, w]`` of the images where they are stored, else None."""
+
+    @property
     def labels(self) -> Tensor:
         """int64 ``[B, H, W]``: slot in the row's query, 255 = ignore."""
 
@@ -61,7 +65,7 @@ class SegmenterLoss(nn.Module):
         colours = self.palette[batch.colour_ids]
         device = batch.images.device
         with lowered_precision(self.precision, device):
-            output = self.segmenter(batch.images, text, mask, colours)
+            output = self.segmenter(batch.images, text, mask, colours, batch.latents)
         class_score = class_score_loss(output.logits, batch.labels, batch.class_weights)
         feedback = area_score_loss(output.feedback_logits, batch.labels, batch.class_weights)
         target = self.segmenter.autoencoder.compose(one_hot(batch.labels, mask.shape[1]), colours)

@@ -120,6 +120,7 @@ class Trainer:
         self._text_fingerprint = encoder.fingerprint
         self._text_table = build_text_table(self.data.names, encoder)
         segmenter = build_segmenter(config, encoder)
+        self.data.check_autoencoder(segmenter.autoencoder.identity)
         self._buffers = {name: buffer.clone() for name, buffer in _persistent_buffers(segmenter)}
         self.engine = Engine(SegmenterLoss(segmenter, config, self._text_table.embeddings), config, world)
         ema = config.training.ema

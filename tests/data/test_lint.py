@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from shard_writing import noise_samples, write_split
+from latent_writing import write_latents
+from shard_writing import data_config, noise_samples, write_split
 
 from digseg.cli import main
 from digseg.data.format import REJECTED_NAME, Manifest, Rejected, hashes_name
@@ -168,3 +170,42 @@ def test_mask_of_another_size_and_a_key_twice_are_named(tmp_path: Path) -> None:
 def test_no_shards_at_all_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(DigSegError, match=r"no shards below .*make them with"):
         lint_shards(tmp_path)
+
+
+@pytest.fixture
+def latents(root: Path) -> Path:
+    """Two views of each sample of shore/train, 32 px, by the shuffle autoencoder of factor 4."""
+    write_latents(data_config(root, [{"name": "shore"}]), root / "latents", views=2)
+    return root / "latents"
+
+
+def test_intact_latents_pass(latents: Path) -> None:
+    report = lint_shards(latents)
+    assert (report.samples, report.problems) == (20, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"latent_shape": (4, 8, 8)}, "its latents are [48, 8, 8], the manifest says [4, 8, 8]"),
+        ({"views": 3}, "view 2 of a sample should lie here"),
+        ({"transform": {"crop_size": 64}}, "the view has 32 x 32 pixels, the manifest says 64"),
+    ],
+)
+def test_latents_that_are_not_what_the_manifest_says_are_named(
+    latents: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = latents / "shore/train/manifest.json"
+    manifest = Manifest.model_validate_json(path.read_bytes())
+    assert manifest.latents is not None
+    recipe = manifest.latents.model_dump()
+    changes = {key: {**recipe[key], **value} if key == "transform" else value for key, value in changes.items()}
+    wrong = Manifest.model_validate({**manifest.model_dump(), "latents": {**recipe, **changes}})
+    path.write_bytes(wrong.with_digest().to_json())
+    assert any(said in problem for problem in lint_shards(latents).problems)
+
+
+def test_images_in_a_manifest_of_latents_are_named(root: Path, latents: Path) -> None:
+    recipe = Manifest.model_validate_json((latents / "shore/train/manifest.json").read_bytes()).latents
+    _edited(root, latents=recipe)
+    assert any("sample 'k000' in" in p and "it has no latents" in p for p in lint_shards(root).problems)

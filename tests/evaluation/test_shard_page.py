@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latent_writing import write_latents
 from PIL import Image
-from shard_writing import noise_samples, write_split
+from shard_writing import data_config, noise_samples, write_split
 
 from digseg.cli import main
 from digseg.data.corpus import ShardedCorpus
@@ -122,3 +123,11 @@ def test_mistake_writes_nothing(
     with pytest.raises(DigSegError, match=said):
         main(["shards", "show", str(tmp_path), *arguments])
     assert not list(tmp_path.iterdir())
+
+
+def test_page_of_latents_says_what_they_are(root: Path) -> None:
+    write_latents(data_config(root, [{"name": "shore"}]), root / "latents", views=2)
+    html = shard_page(root / "latents", samples_per_split=3)
+    assert "2 views of each sample, 48 x 8 x 8 by autoencoder of factor 4, type shuffle" in html
+    assert html.count("data:image/") == 6
+    assert "autoencoder" not in shard_page(root, samples_per_split=3)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from latent_writing import write_latents
 from mlflow.tracking import MlflowClient
-from shard_writing import noise_samples, write_split
+from shard_writing import data_config, noise_samples, write_split
 from small_world import VOCABULARY, World, export_random_model, write_squares
 
 from digseg.cluster.evaluate import evaluate_models
@@ -190,3 +191,10 @@ def test_splits_are_chosen_by_name_or_by_not_being_for_training(tmp_path: Path) 
     assert choose_splits(str(tmp_path), "val") == [("a", "val"), ("b", "val")]
     assert choose_splits(str(tmp_path), "train") == [("a", "train")]
     assert choose_splits(str(tmp_path), None, ["b"]) == [("b", "test"), ("b", "val")]
+
+
+def test_latents_are_no_images_to_evaluate_on(tmp_path: Path) -> None:
+    write_split(tmp_path, "a", noise_samples(1, 2), ("x", "y"), "train")
+    write_latents(data_config(tmp_path, [{"name": "a"}]), tmp_path / "latents")
+    with pytest.raises(DigSegError, match="holds latents of augmented views; evaluate on the shards"):
+        choose_splits(str(tmp_path / "latents"), "train")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from kl_autoencoder import write_kl_autoencoder
 
 from digseg.config import AutoencoderConfig
 from digseg.errors import DigSegError
@@ -30,12 +30,8 @@ def test_composed_latents_of_a_hard_mask_are_the_painted_masks_encoding() -> Non
 
 
 def test_kl_loads_a_diffusers_directory_and_composes_flat_masks_to_their_encoding(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    autoencoder = build_autoencoder(AutoencoderConfig(type="kl", path=str(tmp_path)))
+    checkpoint = write_kl_autoencoder(tmp_path)
+    autoencoder = build_autoencoder(AutoencoderConfig(type="kl", path=str(checkpoint / "vae")))
     assert isinstance(autoencoder, KLAutoencoder)
     assert (autoencoder.factor, autoencoder.channels) == (2, 4)
     colours = palette(2)[None]
@@ -46,6 +42,21 @@ def test_kl_loads_a_diffusers_directory_and_composes_flat_masks_to_their_encodin
     assert composed.shape == (1, 4, 8, 8)
     assert torch.allclose(composed[..., 4, 4], flat[..., 4, 4], atol=1e-4)
     assert autoencoder.decode(composed).shape == (1, 3, 16, 16)
+
+
+def test_kl_encodes_the_palette_once_and_nothing_when_masks_are_composed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autoencoder = KLAutoencoder.load(str(write_kl_autoencoder(tmp_path) / "vae"))
+    rows = torch.tensor([[5, 0, 63], [1, 7, 7]])
+    weights = torch.rand(2, 3, 8, 8).softmax(1).requires_grad_()
+    with torch.inference_mode():
+        first = autoencoder.compose(weights, palette()[rows])
+    monkeypatch.setattr(autoencoder, "encode", None)
+    again = autoencoder.compose(weights, palette()[rows])
+    assert torch.equal(first, again)
+    again.sum().backward()
+    assert weights.grad is not None
 
 
 def test_a_directory_without_a_vae_is_refused(tmp_path: Path) -> None:

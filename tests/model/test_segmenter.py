@@ -23,6 +23,7 @@ class Batch:
     query_ids: torch.Tensor
     colour_ids: torch.Tensor
     class_weights: torch.Tensor
+    latents: torch.Tensor | None = None
 
 
 @pytest.fixture(scope="module")

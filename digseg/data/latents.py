@@ -1,0 +1,166 @@
+"""Views of a sample and their latents: what is stored so that training needs no autoencoder for its images.
+
+A view is one draw of the training transform (scale, crop, flip, colour), seeded by (seed, sample, view). It is kept as
+pixels, class ids and the latents of exactly those pixels, and is a sample of a shard like any other: of a sample KEY
+the shard holds KEY-v0, KEY-v1 and so on, side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from digseg.data.order import mix64, permuted_index
+from digseg.data.transforms import TransformSettings, training_crop
+
+LATENTS_CODE = 1
+"""Changes whenever the same samples and settings would give other views or other latents."""
+
+Latents = npt.NDArray[np.float16]
+
+
+class LatentRecipe(BaseModel):
+    """What latents were made by. All but ``views`` and ``seed`` has to be what the run that trains on them says.
+
+    ``autoencoder`` names what an encoding depends on, part by part: weights, scaling factor, ... ``latent_shape`` is
+    [C, h, w].
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    code: int = LATENTS_CODE
+    autoencoder: dict[str, str]
+    latent_shape: tuple[int, int, int]
+    transform: TransformSettings
+    views: int
+    seed: int
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of a view."""
+        return self.transform.crop_size
+
+    @property
+    def latent_bytes(self) -> int:
+        """Of the latents of one view."""
+        return 2 * math.prod(self.latent_shape)
+
+    def problem(self, number: int, key: str, size: tuple[int, int], latents: Latents | None) -> str | None:
+        """Why sample ``number`` of a shard, ``size`` its (height, width), is no view of this recipe, or None."""
+        if latents is None:
+            return "it has no latents"
+        if not key.endswith(f"-v{number % self.views}"):
+            return f"view {number % self.views} of a sample should lie here"
+        if size != (self.resolution, self.resolution):
+            return f"the view has {size[1]} x {size[0]} pixels, the manifest says {self.resolution}"
+        if latents.shape != self.latent_shape:
+            return f"its latents are {list(latents.shape)}, the manifest says {list(self.latent_shape)}"
+        return None if np.isfinite(latents).all() else "its latents are not finite"
+
+    def differences(self, run: LatentRecipe) -> list[str]:
+        """Each part in which these latents are not what ``run`` needs, with both values."""
+        parts = [("code version", str(self.code), str(run.code))]
+        for name in sorted({*self.autoencoder, *run.autoencoder}):
+            parts.append((f"autoencoder {name}", self.autoencoder.get(name, "-"), run.autoencoder.get(name, "-")))
+        wanted = asdict(run.transform)
+        for name, value in asdict(self.transform).items():
+            parts.append((_KEYS.get(name, name), str(value), str(wanted[name])))
+        return [f"{name} (latents {_short(has)}, run {_short(wants)})" for name, has, wants in parts if has != wants]
+
+
+_KEYS = {
+    "crop_size": "resolution, data.crop_size",
+    "short_side": "data.short_side",
+    "scale": "data.scale",
+    "flip": "data.flip",
+    "upright": "upright scenes",
+    "colour_jitter": "data.colour_jitter",
+}
+
+
+def _short(value: str) -> str:
+    """A value for a message; of a sha256 the beginning tells it apart."""
+    return value[:12] if len(value) == 64 else value
+
+
+@dataclass(frozen=True)
+class View:
+    """``image`` uint8 [R, R, 3] RGB and ``mask`` [R, R] ids, R the resolution; padding is grey, and ignored."""
+
+    key: str
+    image: npt.NDArray[np.uint8]
+    mask: npt.NDArray[Any]
+
+
+def draw_views(
+    name: str, image: npt.NDArray[np.uint8], mask: npt.NDArray[Any], ignore_id: int, recipe: LatentRecipe
+) -> Iterator[View]:
+    """All views of the sample ``name`` (corpus/split/key); a view depends on name, seed and its own number alone."""
+    ids = np.arange(ignore_id + 1, dtype=mask.dtype)
+    sample = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+    for number in range(recipe.views):
+        rng = np.random.default_rng([recipe.seed, sample, number])
+        pixels, labels = training_crop(image, mask, ids, recipe.transform, rng)
+        yield View(view_key(name.rpartition("/")[2], number), _as_bytes(pixels), labels)
+
+
+def view_key(key: str, number: int) -> str:
+    """The key of a view among the samples of its shard."""
+    return f"{key}-v{number}"
+
+
+def view_of(epoch: int, sample: int, views: int, seed: int) -> int:
+    """The view that a sample shows in an epoch: in every ``views`` epochs each once, in an order of its own."""
+    round_number, turn = divmod(epoch, views)
+    return permuted_index(turn, views, mix64(seed, sample, round_number))
+
+
+def as_pixels(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """uint8 [R, R, 3] to float32 [3, R, R] in [-1, 1], as an autoencoder and the segmenter's head take them."""
+    pixels = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
+    # Step by step as in the training transform, so that the same bytes give the same pixels.
+    pixels *= 1 / 255
+    pixels *= 2
+    pixels -= 1
+    return pixels
+
+
+def pack_latents(latents: npt.NDArray[np.floating[Any]]) -> bytes:
+    """The bytes of an npy file of float16 [C, h, w].
+
+    Raises:
+        ValueError: a value is not finite, or beyond what float16 holds.
+    """
+    with np.errstate(over="ignore"):
+        stored = latents.astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise ValueError("the latents are not finite in float16")
+    buffer = io.BytesIO()
+    np.save(buffer, stored)
+    return buffer.getvalue()
+
+
+def unpack_latents(content: bytes) -> Latents:
+    """float16 [C, h, w] of what :func:`pack_latents` gave.
+
+    Raises:
+        ValueError: the bytes are something else.
+    """
+    latents = np.load(io.BytesIO(content), allow_pickle=False)
+    if latents.dtype != np.float16 or latents.ndim != 3:
+        raise ValueError(f"latents are {latents.dtype} with {latents.ndim} axes, not float16 [C, h, w]")
+    return np.asarray(latents)
+
+
+def _as_bytes(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """float32 [3, R, R] in [-1, 1] to uint8 [R, R, 3]."""
+    levels: npt.NDArray[np.float32] = (pixels.transpose(1, 2, 0) + 1) * np.float32(127.5)
+    return np.rint(levels).astype(np.uint8)
