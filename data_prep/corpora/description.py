@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
-from data_prep.corpora.spec import CorpusSpec, Domain, Level, Name
+from data_prep.corpora.spec import Colour, CorpusSpec, Domain, Level, Name
 from digseg.errors import DigSegError, nearest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "corpora"
@@ -45,10 +45,11 @@ class ClassesFile(BaseModel):
 
     name: Annotated[Name, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
     """Name of the corpus; without it, ``folder``."""
-    classes: Annotated[tuple[Name, ...], Field(min_length=1)] | dict[Level, Name]
-    """Class names, mask value 0, 1, 2, ... in order; or a mapping of mask value to class name."""
-    ignore: tuple[Level, ...] = (255,)
-    """Mask values that carry no label."""
+    classes: Annotated[tuple[Name, ...], Field(min_length=1)] | dict[Level, Name] | dict[Name, Colour]
+    """Class names, mask value 0, 1, 2, ... in order; a mapping of mask value to class name; or, for masks in
+    colours, of class name to colour (red, green, blue)."""
+    ignore: tuple[Level, ...] | tuple[Colour, ...] | None = None
+    """Mask values, or colours, that carry no label; without it, 255 where masks hold values."""
     domain: Domain
     licence: Name
     may_contain: tuple[Name, ...] = ()
@@ -64,8 +65,6 @@ DEFAULT_EVERY_NTH = 5
 
 
 def _folder_description(classes: ClassesFile, root: Path) -> dict[str, Any]:
-    named = classes.classes
-    values = dict(named) if isinstance(named, dict) else dict(enumerate(named))
     patterns = {"images": "images/{name}.*", "masks": "masks/{name}.*"}
     folders = _sub_folders(root / "images")
     layout: dict[str, Any] = {"all": patterns}
@@ -93,20 +92,35 @@ def _folder_description(classes: ClassesFile, root: Path) -> dict[str, Any]:
         "title": f"{classes.name or root.name}, a folder of images and masks",
         "domain": classes.domain,
         "licence": classes.licence,
-        "vocabulary": list(dict.fromkeys(values.values())),
         "may_contain": classes.may_contain,
         "key": "{name}",
         "layout": layout,
         "splits": splits,
         "channel_order": "rgb",
         "exif": {"image": classes.exif, "mask": "own" if classes.exif == "apply" else "ignore"},
-        "label": {
-            "reader": "index",
-            "values": values,
-            "ignore": [value for value in classes.ignore if value not in values],
-            "other_values": "bad_sample",
+        "label": _folder_label(classes),
+    }
+
+
+def _folder_label(classes: ClassesFile) -> dict[str, Any]:
+    named = classes.classes
+    values = dict(named) if isinstance(named, dict) else dict(enumerate(named))
+    if any(isinstance(name, str) for name in values):
+        return {
+            "reader": "colour",
+            "colours": values,
+            "ignore": classes.ignore or (),
+            "other_colours": "bad_sample",
+            "binarise_at": None,
             "dropped_classes": "error",
-        },
+        }
+    ignored = (255,) if classes.ignore is None else classes.ignore
+    return {
+        "reader": "index",
+        "values": values,
+        "ignore": [value for value in ignored if value not in values],
+        "other_values": "bad_sample",
+        "dropped_classes": "error",
     }
 
 

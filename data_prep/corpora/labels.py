@@ -118,7 +118,8 @@ def _levels(mask: Image.Image, path: Path, modes: Sequence[str], channel_differe
     if mask.mode == "RGB" and "L" in modes and np.ptp(np.asarray(mask), axis=2).max() <= channel_difference:
         mask = mask.convert("L")
     if mask.mode not in modes:
-        raise BadSample(f"mask {path.name} is of mode {mask.mode}, the label rule reads {', '.join(modes)}")
+        hint = "; where masks hold colours, give each class its colour" if mask.mode in ("RGB", "RGBA") else ""
+        raise BadSample(f"mask {path.name} is of mode {mask.mode}, the label rule reads {', '.join(modes)}{hint}")
     if mask.mode == "1":
         mask = mask.convert("L")
     values = np.asarray(mask)

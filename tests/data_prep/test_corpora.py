@@ -132,7 +132,7 @@ def write_folder(root: Path, names: list[str], below: str = "") -> None:
 
 def describe(root: Path, **fields: object) -> None:
     document = {"classes": ["soil", "crop", "weed"], "domain": "agriculture", "licence": "CC0-1.0", **fields}
-    (root / "classes.yaml").write_text(yaml.safe_dump(document))
+    (root / "classes.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
 
 
 def test_folder_needs_only_images_masks_and_classes(tmp_path: Path) -> None:
@@ -172,6 +172,17 @@ def test_folder_maps_given_ids_to_names_and_joins_equal_names(tmp_path: Path) ->
     corpus = load_corpus("folder", tmp_path)
     assert corpus.vocabulary == ("background", "plant", "sky")
     assert ids(corpus, "train", "b") == [[0, 1], [1, 2]]
+
+
+def test_folder_reads_colours_where_classes_are_given_colours(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["a", "b"])
+    save(tmp_path / "masks/b.png", [[[0, 0, 0], [255, 0, 0]], [[0, 128, 0], [255, 255, 255]]])
+    describe(tmp_path, classes={"road": [255, 0, 0], "tree": [0, 128, 0], "soil": [0, 0, 0]}, ignore=[[255, 255, 255]])
+    corpus = load_corpus("folder", tmp_path)
+    assert corpus.vocabulary == ("road", "tree", "soil")
+    assert ids(corpus, "train", "b") == [[2, 0], [1, 255]]
+    with pytest.raises(BadSample, match=r"mask a\.png is of mode L, a colour mask is RGB"):
+        corpus.read(corpus.list("val")[0])
 
 
 def test_folder_reads_indices_of_a_palette_mask(tmp_path: Path) -> None:

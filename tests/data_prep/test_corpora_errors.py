@@ -108,6 +108,7 @@ def test_empty_file(root: Path) -> None:
 def test_colour_mask_where_ids_are_read(root: Path) -> None:
     save(root / "masks/train/b.png", photo(16, 32))
     assert reason(root, "b").startswith("mask b.png is of mode RGB, the label rule reads 1, L")
+    assert reason(root, "b").endswith("; where masks hold colours, give each class its colour")
 
 
 def test_sample_of_a_list_that_no_file_matches_is_a_problem(root: Path) -> None:
