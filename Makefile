@@ -3,6 +3,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ARGS ?=
+# A test file stays in one process; two processes, as several tests start clusters of their own.
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test lint bench clean
 
@@ -19,7 +21,7 @@ demo: setup
 	$(PYTHON) launch/demo.py $(ARGS)
 
 test: setup
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: setup
 	$(PYTHON) -m ruff check .

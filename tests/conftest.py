@@ -14,6 +14,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import torch  # noqa: E402 (the settings above are read when it is imported)
+
+# Files that take longest, started first so that parallel processes end together.
+LONGEST = ["test_readme.py", "cluster/test_train.py", "data_prep/test_shard_killed.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        name = item.path.relative_to(REPOSITORY / "tests").as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Figures to the last bit depend on the number of threads, which a trainer in this process sets to its share."""
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
