@@ -318,7 +318,7 @@ def parse_index(content: bytes, where: str) -> list[IndexEntry]:
                 record["end"],
                 record["crc32"],
             )
-            for record in map(json.loads, content.decode().splitlines()[1:])
+            for record in json.loads(b"[%b]" % b",".join(content.splitlines()[1:]))
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DigSegError(f"{where} is damaged ({error}); run data_prep/shard.py again to mend it") from error

@@ -13,11 +13,11 @@ from digseg.data.transforms import TransformSettings, training_crop
 
 
 class Crop(NamedTuple):
-    """A sample's key and what is trained on: ``image`` float32 [3, C, C] in [-1, 1]; ``labels`` uint8 [C, C],
-    slots of the query, 255 ignored; ``latents`` float16 [c, h, w] of the image, None where they are not stored."""
+    """A sample's key and what is trained on: ``image`` uint8 [3, C, C]; ``labels`` uint8 [C, C], slots of the query,
+    255 ignored; ``latents`` float16 [c, h, w] of the image, None where they are not stored."""
 
     key: str
-    image: npt.NDArray[np.float32]
+    image: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.uint8]
     latents: Latents | None
 

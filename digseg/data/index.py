@@ -25,11 +25,11 @@ class ShardIndex:
         self._key_ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
         self._spans = np.array([(entry.start, entry.end) for entry in entries], dtype=np.int64)
         self._checksums = np.array([entry.crc32 for entry in entries], dtype=np.uint32)
-        self._places: npt.NDArray[np.int64] = np.full((len(entries), len(self._members), 2), _ABSENT, dtype=np.int64)
-        for number, entry in enumerate(entries):
-            for column, member in enumerate(self._members):
-                if member in entry.members:
-                    self._places[number, column] = entry.members[member]
+        absent = (_ABSENT, _ABSENT)
+        places = [entry.members.get(member, absent) for entry in entries for member in self._members]
+        self._places: npt.NDArray[np.int64] = np.array(places, dtype=np.int64).reshape(
+            len(entries), len(self._members), 2
+        )
 
     def __len__(self) -> int:
         return len(self._checksums)

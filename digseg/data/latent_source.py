@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.images import Crop, DecodedCache
-from digseg.data.latents import LatentRecipe, as_pixels, view_of
+from digseg.data.latents import LatentRecipe, view_of
 from digseg.errors import DigSegError
 
 
@@ -36,4 +36,4 @@ class LatentSource:
         views = self.recipe.views
         place = sample * views + view_of(epoch, sample, views, self._seed)
         view = self._cache.read(self._corpus, place)
-        return Crop(view.key, as_pixels(view.image), label_map[view.mask], view.latents)
+        return Crop(view.key, view.image.transpose(2, 0, 1), label_map[view.mask], view.latents)

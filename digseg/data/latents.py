@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from digseg.data.order import mix64, permuted_index
 from digseg.data.transforms import TransformSettings, training_crop
 
-LATENTS_CODE = 1
+LATENTS_CODE = 2
 """Changes whenever the same samples and settings would give other views or other latents."""
 
 Latents = npt.NDArray[np.float16]
@@ -109,7 +109,7 @@ def draw_views(
     for number in range(recipe.views):
         rng = np.random.default_rng([recipe.seed, sample, number])
         pixels, labels = training_crop(image, mask, ids, recipe.transform, rng)
-        yield View(view_key(name.rpartition("/")[2], number), _as_bytes(pixels), labels)
+        yield View(view_key(name.rpartition("/")[2], number), np.ascontiguousarray(pixels.transpose(1, 2, 0)), labels)
 
 
 def view_key(key: str, number: int) -> str:
@@ -126,7 +126,7 @@ def view_of(epoch: int, sample: int, views: int, seed: int) -> int:
 def as_pixels(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """uint8 [R, R, 3] to float32 [3, R, R] in [-1, 1], as an autoencoder and the segmenter's head take them."""
     pixels = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
-    # Step by step as in the training transform, so that the same bytes give the same pixels.
+    # Step by step as digseg.data.loader.Batch.to, so that the same bytes give the same pixels.
     pixels *= 1 / 255
     pixels *= 2
     pixels -= 1
@@ -158,9 +158,3 @@ def unpack_latents(content: bytes) -> Latents:
     if latents.dtype != np.float16 or latents.ndim != 3:
         raise ValueError(f"latents are {latents.dtype} with {latents.ndim} axes, not float16 [C, h, w]")
     return np.asarray(latents)
-
-
-def _as_bytes(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """float32 [3, R, R] in [-1, 1] to uint8 [R, R, 3]."""
-    levels: npt.NDArray[np.float32] = (pixels.transpose(1, 2, 0) + 1) * np.float32(127.5)
-    return np.rint(levels).astype(np.uint8)

@@ -30,15 +30,15 @@ _VIEW = 3  # stream of the run's seed
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """``image`` float32 [3, C, C] in [-1, 1]; ``labels`` uint8 [C, C], slots of the query, 255 ignored; ``latents``
-    float16 [c, h, w] of the image, None where they are not stored.
+    """``image`` uint8 [3, C, C]; ``labels`` uint8 [C, C], slots of the query, 255 ignored; ``latents`` float16
+    [c, h, w] of the image, None where they are not stored.
 
     ``corrupt`` says of the samples that were due here but could not be read why.
     """
 
     position: int
     key: str
-    image: npt.NDArray[np.float32]
+    image: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.uint8]
     latents: Latents | None
     query: Query

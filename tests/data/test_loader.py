@@ -58,10 +58,8 @@ def test_batch_has_the_promised_shapes_and_ranges(root: Path) -> None:
     for batch in batches(config(root)):
         slots = batch.query_ids.shape[1]
         assert batch.images.shape == (8, 3, 32, 32)
-        assert batch.images.dtype == torch.float32
-        assert -1 <= batch.images.min() <= batch.images.max() <= 1
         assert batch.labels.shape == (8, 32, 32)
-        assert batch.labels.dtype == torch.int64
+        assert batch.images.dtype == batch.labels.dtype == torch.uint8
         assert batch.colour_ids.shape == batch.class_weights.shape == (8, slots)
         assert batch.query_ids.max() < len(data.names)
         padded = batch.query_ids < 0
@@ -199,7 +197,13 @@ def test_micro_batches_join_to_the_batch(root: Path) -> None:
 
 
 def test_batch_moves_to_a_device(root: Path) -> None:
-    moved = batches(config(root), steps=1)[0].to("meta")
+    batch = batches(config(root), steps=1)[0]
+    ready = batch.to("cpu")
+    assert ready.labels.dtype == torch.int64
+    assert torch.equal(ready.labels, batch.labels)
+    torch.testing.assert_close(ready.images, batch.images / 127.5 - 1)
+    assert torch.equal(ready.to("cpu").images, ready.images)
+    moved = batch.to("meta")
     assert moved.images.device.type == moved.labels.device.type == moved.query_ids.device.type == "meta"
     assert moved.positions.device.type == "cpu"
 

@@ -1,5 +1,4 @@
 import hashlib
-import io
 import json
 import subprocess
 import sys
@@ -9,11 +8,9 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from PIL import Image
 from shard_writing import noise_samples, write_split
 
 from digseg.data.corpus import CorruptSampleError, ShardedCorpus
-from digseg.data.decoding import decode_image
 from digseg.data.format import index_name, list_manifests, load_manifest, parse_index
 from digseg.errors import DigSegError
 
@@ -240,16 +237,3 @@ def test_shards_behind_an_fsspec_url_read_alike(root: Path) -> None:
 def test_index_outside_the_corpus_is_refused(root: Path) -> None:
     with pytest.raises(IndexError):
         ShardedCorpus(root, "shore", "train").read(10)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_reduced_decoding_keeps_the_short_side_and_the_picture(kind: str) -> None:
-    y, x = np.mgrid[:400, :600]
-    image = np.stack([x * 255 // 600, y * 255 // 400, (x + y) * 255 // 1000], axis=-1).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind)
-    reduced = decode_image(buffer.getvalue(), min_short_side=90)
-    assert 90 <= min(reduced.shape[:2]) <= 200
-    again = np.asarray(Image.fromarray(reduced).resize((600, 400), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(again - image).mean() < 2
-    assert decode_image(buffer.getvalue(), min_short_side=300).shape == (400, 600, 3)

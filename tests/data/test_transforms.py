@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ IDENTITY = np.arange(256, dtype=np.uint8)
 
 def crop(
     image: NDArray[np.uint8], mask: NDArray[Any], settings: TransformSettings, seed: int = 0
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return training_crop(image, mask, IDENTITY, settings, np.random.default_rng(seed))
 
 
@@ -46,10 +47,8 @@ def test_crop_has_its_size_range_and_only_values_of_the_mask(
     settings = TransformSettings(32, short_side, (0.5, 1.5), flip, upright, jitter)
     pixels, labels = crop(image, mask, settings, seed)
     assert pixels.shape == (3, 32, 32)
-    assert pixels.dtype == np.float32
+    assert pixels.dtype == labels.dtype == np.uint8
     assert labels.shape == (32, 32)
-    assert pixels.min() >= -1
-    assert pixels.max() <= 1
     # Nearest: no label that is not in the mask, but for the padding.
     assert set(np.unique(labels)) <= {*np.unique(mask), 255}
 
@@ -62,7 +61,7 @@ def test_image_and_labels_stay_aligned_under_every_transform(
     # Enlarging up to twice: bilinear ramps at the blocks' borders are then two pixels wide.
     settings = TransformSettings(64, min(size), (1.0, 2.0), flip, upright, 0.0)
     pixels, labels = crop(image, mask, settings, seed)
-    shown = (pixels[0] + 1) * 127.5 / 30
+    shown = pixels[0] / 30
     windows = np.lib.stride_tricks.sliding_window_view(labels, (5, 5))
     flat = (windows == windows[..., :1, :1]).all(axis=(2, 3)) & (windows[..., 0, 0] != 255)
     centre = np.s_[2:-2, 2:-2]
@@ -75,8 +74,8 @@ def test_small_image_is_padded_with_grey_and_ignored_labels() -> None:
     pixels, labels = crop(image, mask, replace(SETTINGS, short_side=16))
     assert (labels == 3).sum() == 16 * 20
     assert (labels == 255).sum() == 32 * 32 - 16 * 20
-    assert (pixels[:, labels == 255] == 0).all()
-    assert (pixels[:, labels == 3] == 1).all()
+    assert (pixels[:, labels == 255] == 128).all()
+    assert (pixels[:, labels == 3] == 255).all()
 
 
 def test_ignored_pixels_stay_ignored() -> None:
@@ -112,30 +111,48 @@ class FixedDraws:
 
 
 @given(size=sizes, short_side=st.integers(32, 120), offsets=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)))
-def test_resizing_the_crop_gives_the_crop_of_the_resized_image(
+def test_crop_is_a_part_of_the_image_resized(
     size: tuple[int, int], short_side: int, offsets: tuple[float, float]
 ) -> None:
     random = np.random.default_rng(1)
     image = random.integers(0, 256, (*size, 3), dtype=np.uint8)
     mask = random.integers(0, 9, size, dtype=np.uint8)
-    height, width = (round(length * short_side / min(size)) for length in size)
-    top, left = int(offsets[0] * (height - 31)), int(offsets[1] * (width - 31))
-    window = np.s_[top : top + 32, left : left + 32]
-    expected = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))[window]
+    # In whole numbers: `resized` pixels show the whole side, so 32 of them show 32 * side / resized.
+    resized = [round(side * short_side / min(size)) for side in size]
+    top, left = (
+        int(offset * (side - -(-32 * side // length) + 1))
+        for offset, side, length in zip(offsets, size, resized, strict=True)
+    )
+    box = (0, 0, size[1] * 32 / resized[1], size[0] * 32 / resized[0])
+    part = image[top : top + math.ceil(box[3]), left : left + math.ceil(box[2])]
+    expected = np.asarray(Image.fromarray(part).resize((32, 32), Image.Resampling.BILINEAR, box=box))
 
     draws: Any = FixedDraws(offsets)
     pixels, labels = training_crop(image, mask, IDENTITY, replace(SETTINGS, short_side=short_side), draws)
 
-    shown = np.rint((pixels.transpose(1, 2, 0) + 1) * 127.5).astype(int)
-    # PIL rounds to whole levels after each of its two passes.
+    shown = pixels.transpose(1, 2, 0).astype(int)
+    # Both round to whole levels after each of two passes.
     assert np.abs(shown - expected).max() <= 2
-    # In whole numbers: the source pixel that holds a target's centre, or either one if it lies on their border.
+    # The source pixel that holds a target's centre, or either one if it lies on their border.
     rows, columns = (
-        ((2 * (start + np.arange(32)) + 1) * side, 2 * length)
-        for start, side, length in ((top, size[0], height), (left, size[1], width))
+        (2 * start * length + (2 * np.arange(32) + 1) * side, 2 * length)
+        for start, side, length in ((top, size[0], resized[0]), (left, size[1], resized[1]))
     )
     allowed = [mask[np.ix_((rows[0] - y) // rows[1], (columns[0] - x) // columns[1])] for y in (0, 1) for x in (0, 1)]
     assert np.logical_or.reduce([labels == candidate for candidate in allowed]).all()
+
+
+def test_colour_jitter_is_brightness_after_contrast_after_saturation() -> None:
+    image = np.random.default_rng(2).integers(90, 160, (32, 32, 3), dtype=np.uint8)
+    settings = replace(SETTINGS, short_side=32, colour_jitter=0.2)
+    pixels, _ = crop(image, image[..., 0], settings, seed=4)
+    draws = np.random.default_rng(4)
+    draws.uniform(1, 1), draws.integers(0, 1), draws.integers(0, 1)
+    brightness, contrast, saturation = draws.uniform(0.8, 1.2, size=3)
+    grey = image @ [0.299, 0.587, 0.114]
+    saturated = grey[..., None] + saturation * (image - grey[..., None])
+    contrasted = grey.mean() + contrast * (saturated - grey.mean())
+    np.testing.assert_allclose(pixels.transpose(1, 2, 0), brightness * contrasted, atol=0.501)
 
 
 def test_upright_views_are_only_mirrored_and_others_take_all_eight_poses() -> None:
@@ -162,14 +179,20 @@ def test_colour_jitter_changes_colours_and_never_labels() -> None:
 
 def test_brightness_scales_grey_images() -> None:
     image = np.full((40, 40, 3), 100, np.uint8)
-    levels = {
-        round(
-            float((crop(image, image[..., 0], replace(SETTINGS, colour_jitter=0.2), seed)[0][0, 0, 0] + 1) * 127.5), 3
-        )
-        for seed in range(200)
-    }
+    settings = replace(SETTINGS, colour_jitter=0.2)
+    levels = {int(crop(image, image[..., 0], settings, seed)[0][0, 0, 0]) for seed in range(200)}
     assert 80 <= min(levels) < 84
     assert 116 < max(levels) <= 120
+
+
+def test_padding_takes_no_part_in_the_contrast() -> None:
+    image = np.full((16, 20, 3), 100, np.uint8)
+    mask = np.zeros((16, 20), np.uint8)
+    pixels, labels = crop(image, mask, replace(SETTINGS, short_side=16, colour_jitter=0.5), seed=1)
+    draws = np.random.default_rng(1)
+    draws.uniform(1, 1), draws.integers(0, 17), draws.integers(0, 13)
+    assert set(pixels[:, labels == 0].flat) == {round(100 * draws.uniform(0.5, 1.5, size=3)[0])}
+    assert set(pixels[:, labels == 255].flat) == {128}
 
 
 @pytest.mark.parametrize(("domain", "upright"), [("natural", True), ("medical", False), ("remote_sensing", False)])
