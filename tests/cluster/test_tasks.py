@@ -75,6 +75,21 @@ def test_progress_counts_the_items(ray_running: None, capsys: pytest.CaptureFixt
     assert "counting: 5/5 items" in capsys.readouterr().out
 
 
+def test_progress_counts_what_the_items_hold(ray_running: None, capsys: pytest.CaptureFixture[str]) -> None:
+    list(fan_out(sum, [[1], [2, 3], [4, 5, 6]], "adding", unit="numbers", size=len))
+    assert "adding: 6/6 numbers" in capsys.readouterr().out
+
+
+def test_tasks_see_the_environment_they_are_given_and_no_others_do(ray_running: None) -> None:
+    def seen(_: int) -> str | None:
+        import os
+
+        return os.environ.get("SHARDS_ENDPOINT")
+
+    assert list(fan_out(seen, range(3), "looking", environment={"SHARDS_ENDPOINT": "here"})) == ["here"] * 3
+    assert list(fan_out(seen, range(3), "looking")) == [None] * 3
+
+
 def test_session_inside_a_session_is_the_same_and_leaves_it_running(ray_running: None) -> None:
     node = ray.get_runtime_context().get_node_id()
     with ray_session(ClusterConfig(workers=64)):

@@ -331,6 +331,42 @@ def test_disk_that_takes_no_more_is_a_clear_error_and_keeps_no_half_shard(garden
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
+PEAK_OF_A_SHARD = """
+import resource, sys
+from data_prep.shard import plan_split
+from data_prep.shard_job import make_shard
+
+root, samples, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+(job,) = plan_split("folder", root, "train", out, samples_per_shard=samples).jobs
+assert make_shard(job).entry.samples == samples
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_images_of_a_shard(tmp_path: Path) -> None:
+    peaks = {}
+    for images in (2, 40):
+        root = tmp_path / f"noise{images}"
+        for folder in ("images", "masks"):
+            (root / folder / "train").mkdir(parents=True)
+        (root / "classes.yaml").write_text(CLASSES.replace("splits: 5\n", ""))
+        first = root / "images/train/0.jpg", root / "masks/train/0.png"
+        noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(first[0], quality=100)
+        Image.fromarray(noise[:, :, 0] % 3).save(first[1])
+        for number in range(1, images):
+            for path in first:
+                path.with_stem(str(number)).hardlink_to(path)
+        arguments = [str(root), str(images), str(tmp_path / f"out{images}")]
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK_OF_A_SHARD, *arguments], capture_output=True, text=True, check=True
+        )
+        peaks[images] = int(done.stdout) * 1024
+    shard_bytes = sum(path.stat().st_size for path in (tmp_path / "out40").rglob("*.tar"))
+    assert shard_bytes > 100 << 20
+    assert peaks[40] - peaks[2] < shard_bytes / 5
+
+
 @pytest.mark.cluster
 @pytest.mark.real_data
 @pytest.mark.parametrize(
