@@ -257,7 +257,7 @@ def _jobs(
     known = {entry.name: entry for entry in before.shards} if before else {}
     return tuple(
         LatentJob(
-            data=settings.data.root,
+            data=Storage(settings.data.root).root,
             source=source,
             number=number,
             root=storage.root,
