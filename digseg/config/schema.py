@@ -145,6 +145,10 @@ class DataConfig(Section):
     workers: NonNegative = 0  # DataLoader processes per rank; 0 reads in a thread of the training process
     prefetch: Positive = 2  # batches ahead, per DataLoader process or of the thread
     decoded_cache_mb: NonNegative = 0  # per process
+    cache_dir: Location | None = None  # whole shards of a remote root are kept here, for all processes of a node ...
+    cache_bytes: Positive = (
+        100 * 10**9
+    )  # ... so many bytes of them; twice what data.shuffle_window shards have, or more
     max_corrupt: NonNegative = 100  # samples that may be unreadable before the run stops
     queries: QueriesConfig = QueriesConfig()
 
@@ -152,6 +156,12 @@ class DataConfig(Section):
     def _sane(self) -> Self:
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"scale: got {list(self.scale)}; the first bound must not exceed the second")
+        shards = self.latents or self.root
+        if self.cache_dir is not None and "://" not in shards:
+            raise ValueError(
+                f"cache_dir is {self.cache_dir}, but {shards} is no URL: a cache is for shards that are not on a file "
+                "system of this machine (s3://...); drop cache_dir"
+            )
         seen = set()
         for corpus in self.corpora:
             if (corpus.name, corpus.split) in seen:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from digseg.data.cache import ShardCache
 from digseg.data.decoding import decode_image, decode_mask
 from digseg.data.format import (
     LATENT_MEMBER,
@@ -85,20 +86,25 @@ class ShardedCorpus:
     """A split of a corpus as a sequence of samples, numbered through its shards.
 
     Opening reads the manifest only; a shard's index is read when a sample of it is first asked for. The
-    ``open_indexes`` that were used last stay in memory, whatever the size of the corpus.
+    ``open_indexes`` that were used last stay in memory, whatever the size of the corpus. A sample whose shard is in
+    the ``cache`` is read there.
 
     Raises:
         DigSegError: no such split, a damaged manifest, or (local roots) shard files that are missing or cut
             off.
     """
 
-    def __init__(self, root: str | Path, corpus: str, split: str, open_indexes: int = 64) -> None:
+    def __init__(
+        self, root: str | Path, corpus: str, split: str, open_indexes: int = 64, cache: ShardCache | None = None
+    ) -> None:
         self.manifest: Manifest = load_manifest(root, corpus, split)
+        self._views = 1 if self.manifest.latents is None else self.manifest.latents.views
         self._storage = Storage(root)
         self._folder = split_path(corpus, split)
         self._first = list(itertools.accumulate((s.samples for s in self.manifest.shards), initial=0))
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._open_indexes = open_indexes
+        self._cache = cache
         if self._storage.is_local:
             self._check_sizes()
 
@@ -116,9 +122,8 @@ class ShardedCorpus:
         Shards of unequal sizes are cut where shards of the largest size would be, so that a window may touch a few
         more than that.
         """
-        views = 1 if self.manifest.latents is None else self.manifest.latents.views
         largest = max(shard.samples for shard in self.manifest.shards)
-        return WindowedOrder(len(self) // views, largest // views, window)
+        return WindowedOrder(len(self) // self._views, largest // self._views, window)
 
     def stored(self, index: int) -> StoredSample:
         """The undecoded bytes of sample ``index``, with one ranged read.
@@ -127,8 +132,18 @@ class ShardedCorpus:
             CorruptSampleError: the bytes cannot be read, or differ from what was written.
         """
         shard, number = self._locate(index)
-        path = f"{self._folder}/{self.manifest.shards[shard].name}"
-        return read_stored(self._storage, path, self._index(shard).entry(number))
+        entry = self._index(shard).entry(number)
+        return self._cached(shard, entry) or read_stored(self._storage, self._path(shard), entry)
+
+    def fetch(self, shard: int) -> bool:
+        """Bring a shard into the cache, see :meth:`ShardCache.fetch`."""
+        assert self._cache is not None
+        return self._cache.fetch(self._storage, self._path(shard), self.manifest.shards[shard])
+
+    def shards_of(self, block: range) -> range:
+        """The numbers of the shards that hold a (not empty) block of the order that :meth:`shuffled` gives."""
+        first, last = block.start * self._views, block.stop * self._views
+        return range(bisect.bisect_right(self._first, first) - 1, bisect.bisect_left(self._first, last))
 
     def read(self, index: int, min_short_side: int | None = None) -> Sample:
         """Decode sample ``index``.
@@ -155,6 +170,20 @@ class ShardedCorpus:
         for shard in self.manifest.shards:
             for problem in shard_problems(self._storage, self._folder, shard):
                 raise DigSegError(f"{problem}; run {self.manifest.job} again to mend it")
+
+    def _cached(self, shard: int, entry: IndexEntry) -> StoredSample | None:
+        """The sample out of the cache, None where its shard is not there."""
+        if self._cache is None:
+            return None
+        known = self.manifest.shards[shard]
+        content = self._cache.read_range(known, entry.start, entry.end)
+        if content is not None and zlib.crc32(content) != entry.crc32:
+            self._cache.drop(known)
+            return None
+        return None if content is None else StoredSample(entry, content, self._storage.url(self._path(shard)))
+
+    def _path(self, shard: int) -> str:
+        return f"{self._folder}/{self.manifest.shards[shard].name}"
 
     def _locate(self, index: int) -> tuple[int, int]:
         """(shard, number within it) of a sample."""

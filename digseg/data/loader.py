@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from digseg.config.schema import Config
+from digseg.data.ahead import ShardFetcher
 from digseg.data.latents import Latents
 from digseg.data.queries import class_weights
 from digseg.data.training_data import TrainingData, TrainingSample
@@ -90,9 +91,18 @@ def training_batches(
         DigSegError: the world does not divide the batch.
     """
     positions = StepPositions(config.training.global_batch_size, rank, world_size, start_step, steps)
-    batches = _loader(data, config, positions)
+    loader = _loader(data, config, positions)
     # Loader processes work ahead by themselves.
-    return iter(batches) if config.data.workers else _ahead(batches, config.data.prefetch)
+    batches = iter(loader) if config.data.workers else _ahead(loader, config.data.prefetch)
+    return batches if config.data.cache_dir is None else _with_shards(batches, data, positions)
+
+
+def _with_shards(batches: Iterator[Batch], data: TrainingData, positions: StepPositions) -> Iterator[Batch]:
+    """The same batches, while shards are fetched ahead of them."""
+    with ShardFetcher(data) as fetcher:
+        for first, *_ in positions:
+            fetcher.advance(first)
+            yield next(batches)
 
 
 def _ahead(batches: Iterable[Batch], number: int) -> Iterator[Batch]:

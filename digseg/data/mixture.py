@@ -7,7 +7,7 @@ so that the proportions hold over every period and nearly so over every batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -51,10 +51,14 @@ class GlobalOrder:
         order = self._corpora[corpus]
         return Place(corpus, epoch, order.sample((index + attempt) % order.samples, self._epoch_seed(corpus, epoch)))
 
-    def window_at(self, corpus: int, nth: int) -> Window:
-        """The window of a corpus that its ``nth`` sample (counted from the start of the run) is drawn from."""
-        epoch, index = divmod(nth, self._corpora[corpus].samples)
-        return self._corpora[corpus].window_at(index, self._epoch_seed(corpus, epoch))
+    def windows_from(self, position: int, corpus: int) -> Iterator[Window]:
+        """The window that a corpus' next sample at or after a position is drawn from, and all that follow."""
+        order, nth = self._corpora[corpus], self.mixture.samples_before(position, corpus)
+        while True:
+            epoch, index = divmod(nth, order.samples)
+            window = order.window_at(index, self._epoch_seed(corpus, epoch))
+            yield window
+            nth = epoch * order.samples + window.end
 
     def _epoch_seed(self, corpus: int, epoch: int) -> int:
         return mix64(self._seed, _ORDER, corpus, epoch)
@@ -100,6 +104,11 @@ class Mixture:
         nth = period * self._per_period[corpus] + int(self._rank[place])
         epoch, index = divmod(nth, self.sizes[corpus])
         return corpus, epoch, index
+
+    def samples_before(self, position: int, corpus: int) -> int:
+        """How many samples of a corpus lie at positions before this one."""
+        period, place = divmod(position, self.period)
+        return int(period * self._per_period[corpus] + np.count_nonzero(self._table[:place] == corpus))
 
 
 def whole_proportions(weights: Sequence[float]) -> list[int]:

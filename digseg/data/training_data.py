@@ -6,13 +6,14 @@ after which other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from digseg.config.schema import DataConfig
+from digseg.data.cache import ShardCache
 from digseg.data.corpus import CorruptSampleError, ShardedCorpus
 from digseg.data.images import DecodedCache, ImageSource, SampleSource
 from digseg.data.latent_source import LatentSource
@@ -56,9 +57,10 @@ class TrainingData:
         self._config, self._seed = config, seed
         window = config.shuffle_window
         root = config.latents or config.root
+        shards = None if config.cache_dir is None else ShardCache(config.cache_dir, config.cache_bytes)
         self._corpora = [
             # A window may touch twice its number of shards, and a reader is in two windows at a time.
-            ShardedCorpus(root, entry.name, entry.split, open_indexes=4 * window)
+            ShardedCorpus(root, entry.name, entry.split, open_indexes=4 * window, cache=shards)
             for entry in config.corpora
         ]
         self.manifests = tuple(corpus.manifest for corpus in self._corpora)
@@ -111,6 +113,19 @@ class TrainingData:
             f"{len(corrupt)} samples in a row cannot be read, the last was {list(corrupt.values())[-1]}; "
             f"run {corpus.manifest.job} again to mend the shards"
         )
+
+    def shards_ahead(self, position: int) -> Iterator[tuple[ShardedCorpus, int]]:
+        """The shards that are read at a global position, then those of the next windows: so many as fit
+        ``data.cache_bytes``."""
+        free_bytes = self._config.cache_bytes
+        windows = [self.order.windows_from(position, number) for number in range(len(self._corpora))]
+        for _ in range(2):
+            for corpus, following in zip(self._corpora, windows, strict=True):
+                for shard in dict.fromkeys(s for block in next(following).blocks for s in corpus.shards_of(block)):
+                    free_bytes -= corpus.manifest.shards[shard].bytes
+                    if free_bytes < 0:
+                        return
+                    yield corpus, shard
 
     def check_autoencoder(self, identity: Mapping[str, str]) -> None:
         """Whether stored latents are what this autoencoder, at these settings, would make of the images.

@@ -28,7 +28,7 @@ from digseg.training.logging import read_metrics
 # Settings that say what the run is: the samples it sees, and the weights it has.
 _IDENTITY = ("model", "data", "run.seed", "training.global_batch_size")
 # Settings of the data that change how it is read, not what is read.
-_READING = ("root", "workers", "prefetch", "decoded_cache_mb", "max_corrupt")
+_READING = ("root", "workers", "prefetch", "decoded_cache_mb", "cache_dir", "cache_bytes", "max_corrupt")
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ def test_extending_in_a_circle_is_refused(tmp_path: Path) -> None:
         ("data.scale=[2, 1]", r"data: scale: got \[2.0, 1.0\]; the first bound must not exceed"),
         ("data.temperature=0", r"data.temperature: got 0; .*greater than 0"),
         ("data.shuffle_window=0", r"data.shuffle_window: got 0; .*greater than 0"),
+        ("data.cache_dir=/fast", r"cache_dir is /fast, but .* is no URL.*drop cache_dir"),
         ("model.autoencoder.type=kl", "model.autoencoder: type kl needs path"),
         ("model.autoencoder.path=x", "type shuffle has no weights"),
         ("model.unet.attention=[true]", "attention has 1 entries, block_out_channels 4"),

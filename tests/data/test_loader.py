@@ -2,11 +2,15 @@ import itertools
 import pickle
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from shard_writing import damage_samples, data_config, noise_samples, write_split
 
 from digseg.config import Config
@@ -27,8 +31,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(root: Path, **data: object) -> Config:
-    return data_config(root, [{"name": "shore", "weight": 2}, {"name": "cells"}], **data)
+def config(root: Path, batch: int = 8, **data: object) -> Config:
+    return data_config(root, [{"name": "shore", "weight": 2}, {"name": "cells"}], batch, **data)
 
 
 def batches(config: Config, rank: int = 0, world_size: int = 1, start: int = 0, steps: int = 4) -> list[Batch]:
@@ -50,6 +54,12 @@ def rows(batch: Batch) -> list[tuple[object, ...]]:
         )
         for row in range(len(batch))
     ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root: Path) -> list[tuple[object, ...]]:
+    """What 16 steps of one process see: several epochs of both corpora."""
+    return order_of(root, [Stretch(16, 1)])
 
 
 def test_batch_has_the_promised_shapes_and_ranges(root: Path) -> None:
@@ -78,17 +88,42 @@ def test_batches_are_the_same_for_every_world_size(root: Path, world_size: int) 
     assert together == alone
 
 
-@pytest.mark.parametrize("start", [1, 3])
-def test_resuming_at_any_step_gives_the_batches_of_an_undisturbed_run(root: Path, start: int) -> None:
-    undisturbed = batches(config(root), steps=5)
-    resumed = batches(config(root), start=start, steps=5 - start)
-    assert [rows(batch) for batch in resumed] == [rows(batch) for batch in undisturbed[start:]]
+@dataclass(frozen=True)
+class Stretch:
+    """Steps that a run takes before it is interrupted, with a number of ranks and of loader processes for each."""
+
+    steps: int
+    ranks: int
+    workers: int = 0
+
+
+def order_of(root: Path, stretches: Sequence[Stretch]) -> list[tuple[object, ...]]:
+    """All that is trained on, in order, by a run that starts anew for every stretch, with nothing but its step."""
+    found, step = [], 0
+    for stretch in stretches:
+        run = config(root, workers=stretch.workers, batch=12)
+        ranks = [batches(run, rank, stretch.ranks, step, stretch.steps) for rank in range(stretch.ranks)]
+        found += [row for parts in zip(*ranks, strict=True) for batch in parts for row in rows(batch)]
+        step += stretch.steps
+    return found
+
+
+@settings(max_examples=12)
+@given(stretches=st.lists(st.builds(Stretch, st.integers(0, 4), st.sampled_from([1, 2, 3, 4])), min_size=2, max_size=4))
+def test_interrupted_run_sees_the_samples_of_an_undisturbed_one_in_order(
+    undisturbed: list[tuple[object, ...]], root: Path, stretches: list[Stretch]
+) -> None:
+    found = order_of(root, stretches)
+    assert found == undisturbed[: len(found)]
 
 
 @pytest.mark.cluster
-def test_loader_processes_change_nothing(root: Path) -> None:
-    plain = [rows(batch) for batch in batches(config(root))]
-    assert [rows(batch) for batch in batches(config(root, workers=2))] == plain
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+def test_number_of_loader_processes_changes_nothing_over_two_resumes(
+    undisturbed: list[tuple[object, ...]], root: Path
+) -> None:
+    found = order_of(root, [Stretch(1, 1), Stretch(3, 1, workers=1), Stretch(2, 2), Stretch(6, 1, workers=4)])
+    assert found == undisturbed[: len(found)]
 
 
 def test_batches_are_made_ahead_while_the_step_computes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import chain, islice
 
 import pytest
 from hypothesis import given, settings
@@ -97,11 +98,18 @@ def test_replacements_are_the_next_samples_of_the_epoch() -> None:
     assert {order.locate(17, attempt).epoch for attempt in range(5)} == {0}
 
 
-def test_windows_follow_the_samples_of_a_corpus_over_epochs() -> None:
-    order = GlobalOrder([WindowedOrder(20, 5, 2)], [1.0], seed=4)
-    for position in range(60):
-        window = order.window_at(0, position)
-        assert any(order.locate(position).sample in block for block in window.blocks)
+def test_windows_follow_one_another_from_the_next_sample_of_a_corpus_on() -> None:
+    order = GlobalOrder([WindowedOrder(20, 5, 2), WindowedOrder(7, 3, 1)], [1.0, 2.0], seed=4)
+    for corpus in range(2):
+        places = [order.locate(position) for position in range(300)]
+        for position in range(0, 200, 7):
+            before = order.mixture.samples_before(position, corpus)
+            assert before == sum(place.corpus == corpus for place in places[:position])
+            coming = iter([place.sample for place in places[position:] if place.corpus == corpus])
+            now, following = islice(order.windows_from(position, corpus), 2)
+            left = now.end - before % order.mixture.sizes[corpus]
+            assert set(islice(coming, left)) <= set(chain(*now.blocks))
+            assert set(islice(coming, following.end - following.begin)) == set(chain(*following.blocks))
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(1, [100, 400, 2500]), (2, [10, 20, 50]), (1e9, [1, 1, 1])])
