@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_prep.shard import finish_split, plan_split, shard_corpus
 from data_prep.shard_job import make_shard, plan_shards
+from digseg.cli import main
 from digseg.cluster.runtime import ray_session
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import load_manifest
@@ -367,18 +368,24 @@ def test_memory_does_not_grow_with_the_images_of_a_shard(tmp_path: Path) -> None
     assert peaks[40] - peaks[2] < shard_bytes / 5
 
 
-@pytest.mark.cluster
 @pytest.mark.real_data
 @pytest.mark.parametrize(
-    ("corpus", "split", "samples"), [("camvid", "train", 60), ("dsb2018", "val", 13), ("cwfid", "train", 39)]
+    ("folder", "corpus", "samples"),
+    [
+        ("camvid", "camvid", {"train": 60, "val": 20, "test": 36}),
+        ("cwfid", "cwfid", {"train": 39, "test": 21}),
+        ("dsb2018", "dsb2018", {"train": 51, "val": 13}),
+        ("fair_kampala_buildings", "fair_kampala_buildings", {"train": 118, "val": 29}),
+        ("isbi_em_membrane", "isbi_em_membrane", {"train": 24, "val": 6}),
+        ("isic2017_lesion", "isic2017_lesion", {"train": 56, "val": 14}),
+        ("loveda_mini", "loveda", {"train": 9, "val": 3}),
+    ],
 )
-def test_real_samples_are_sharded_whole(
-    real_corpora: Path, tmp_path: Path, ray_running: None, corpus: str, split: str, samples: int
+def test_real_samples_are_sharded_whole_and_pass_strictly(
+    real_corpora: Path, tmp_path: Path, folder: str, corpus: str, samples: dict[str, int]
 ) -> None:
-    manifest = shard_corpus(corpus, real_corpora / corpus, split, tmp_path)
-    assert (manifest.samples, manifest.rejected) == (samples, 0)
-    sharded = ShardedCorpus(tmp_path, corpus, split)
-    sharded.verify()
-    values = {int(value) for number in range(len(sharded)) for value in np.unique(sharded.read(number).mask)}
-    assert values <= {*range(len(manifest.vocabulary)), 255}
-    assert len(values - {255}) == len(manifest.vocabulary)
+    for split, number in samples.items():
+        plan = plan_split(corpus, real_corpora / folder, split, tmp_path)
+        manifest = finish_split(plan, [make_shard(job) for job in plan.jobs])
+        assert (manifest.samples, manifest.rejected) == (number, 0)
+    main(["shards", "lint", str(tmp_path), "--strict"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -86,7 +87,8 @@ def _kill_after(new_files: int, job: list[str], out: Path) -> None:
     processes = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
     assert len(processes) > 2
     for process in processes:
-        process.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ended with its parent
+            process.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
     psutil.wait_procs(processes)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from digseg.cli import main
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import REJECTED_NAME, Rejected
 from digseg.errors import DigSegError
-from digseg.evaluation.colours import paint
+from digseg.evaluation.colours import class_colours, paint
 from digseg.evaluation.shard_page import shard_page
 
 VOCABULARY = ("sand", "sea <b>", "sky")
@@ -94,6 +96,22 @@ def test_page_shows_leaks_side_by_side(root: Path) -> None:
     np.testing.assert_array_equal(left, right)
     distances = {key: np.abs(left - image).mean() for key, (image, _) in samples.items()}
     assert min(distances, key=distances.__getitem__) == "k004"
+
+
+@pytest.mark.browser
+def test_browser_draws_samples_masks_and_bars(root: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium or google-chrome on PATH")
+    (root / "page.html").write_text(shard_page(root), encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,2400"]
+    command += [f"--user-data-dir={root / 'profile'}", f"--screenshot={root / 'page.png'}", f"file://{root}/page.html"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    drawn = np.asarray(Image.open(root / "page.png").convert("RGB"))
+    manifest = ShardedCorpus(root, "shore", "train").manifest
+    for colour in class_colours(manifest.vocabulary):
+        # Swatch and bar of each split, and a third of the pixels of 13 masks, enlarged.
+        assert (drawn == colour).all(axis=2).sum() > 13 * 40 * 56 / 3
 
 
 def test_names_are_text_not_markup(root: Path) -> None:
