@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from digseg import __version__
+from digseg.cli_models import TRACKING_URI_HELP, add_models, add_promote
 from digseg.console import say
 from digseg.errors import DigSegError, run_main
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from digseg.data.duplicates import Duplicates
 
 _SHOWN_LEAKS = 20
-_URI_HELP = "MLflow store (default: $MLFLOW_TRACKING_URI, else the database in outputs/runs)"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"digseg {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_predict(commands)
-    _add_models(commands)
+    add_models(commands)
+    add_promote(commands)
     _add_shards(commands)
     options = parser.parse_args(arguments)
     options.run(options)
@@ -47,20 +47,12 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--classes", required=True, help='names, separated by commas: "road, car, sky"')
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     parser.add_argument("--background", action="store_true", help="add a class for everything not named")
-    parser.add_argument("--tracking-uri", help=_URI_HELP)
+    parser.add_argument("--tracking-uri", help=TRACKING_URI_HELP)
     parser.add_argument(
         "--short-side", type=int, metavar="PX", help="size that images are segmented at (default: the model's)"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.set_defaults(run=_predict)
-
-
-def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("models", help="look at the model registry")
-    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="registered versions, their aliases and figures")
-    listing.add_argument("--tracking-uri", help=_URI_HELP)
-    listing.set_defaults(run=_list_models)
 
 
 def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -118,28 +110,6 @@ def _device(name: str) -> str:
         reason = str(error).partition("\n")[0]
         raise DigSegError(f"--device {name!r} cannot be used: {reason}") from None
     return name
-
-
-def _list_models(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from digseg.registry.models import list_versions
-    from digseg.registry.store import default_tracking_uri
-
-    store = options.tracking_uri or default_tracking_uri()
-    versions = list_versions(store)
-    if not versions:
-        say(f"no model is registered in {store}")
-        return
-    table = Table()
-    for column in ("model", "version", "aliases", "mean IoU", "created", "run"):
-        table.add_column(column, overflow="fold")
-    for version in versions:
-        created = datetime.fromtimestamp(version.created_ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M")
-        figures = (", ".join(version.aliases), version.mean_iou or "-", created, version.run_id or "-")
-        table.add_row(version.name, str(version.version), *figures)
-    Console().print(table)
 
 
 def _lint_shards(options: argparse.Namespace) -> None:

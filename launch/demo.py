@@ -113,8 +113,7 @@ def _evaluated(config: Config, model: ModelRef) -> dict[str, Any]:
     held_out = [(entry.name, entry.split) for entry in wanted.held_out]
     (evaluation,) = evaluate_models([directory], root, seen, synonyms=wanted.synonyms)
     unseen = evaluate_models([directory], root, held_out)[0].result["corpora"] if held_out else {}
-    about = {"model": {**model.as_json(), "uri": model.uri}, "data": root}
-    return {**about, **evaluation.result, "held_out": unseen}
+    return {"model": model.as_json(), "data": root, **evaluation.result, "held_out": unseen}
 
 
 def _version(model: ModelRef) -> int:

@@ -13,7 +13,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,8 +21,12 @@ from rich.table import Table
 from digseg.config import Config, Protocol, base_directory, load_config, load_section
 from digseg.config.schema import ClusterConfig
 from digseg.console import say
-from digseg.data.format import list_manifests
 from digseg.errors import DigSegError, nearest, run_main
+from digseg.evaluation.protocol import choose_splits
+
+if TYPE_CHECKING:  # takes seconds to import
+    from digseg.cluster.evaluate import Evaluation
+    from digseg.registry.models import ModelRef
 
 PROTOCOLS = Path(__file__).resolve().parent.parent / "configs" / "protocols"
 KEPT = "outputs/evaluations"
@@ -37,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     root = options.data or (config.data.root if config else None)
     if root is None:
         raise DigSegError("--data is missing: the folder of the shards (or a --config that names it as data.root)")
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        raise DigSegError(f"--out {options.out}: there is no folder {options.out.absolute().parent}")
+    for option, path in (("--out", options.out), ("--report", options.report)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise DigSegError(f"{option} {path}: give the name of a file in a folder that exists")
     protocol = find_protocol(options.protocol)
     corpora = choose_splits(root, options.split, options.corpora)
     synonyms = _synonyms(options.synonyms, config, corpora)
@@ -47,14 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from digseg.cluster.evaluate import evaluate_models
     from digseg.evaluation.figures import compared
     from digseg.evaluation.stored import StoredTallies
-    from digseg.registry.models import resolve, set_alias, tag_evaluation
+    from digseg.registry.models import resolve
     from digseg.registry.store import default_tracking_uri, tracking_uri
-    from digseg.registry.tracking import log_evaluation
 
     store = options.tracking_uri or (tracking_uri(config) if config else default_tracking_uri())
     models = [resolve(uri, store) for uri in options.model]
-    if options.set_alias and (len(models) > 1 or models[0][1].version is None):
-        raise DigSegError("--set-alias: name one registered model; a directory has no aliases")
     evaluations = evaluate_models(
         [directory for directory, _ in models],
         root,
@@ -67,37 +69,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_gpus=options.num_gpus,
     )
     results = [
-        {"model": {**reference.as_json(), "uri": reference.uri}, "data": str(root), **evaluation.result}
+        {"model": reference.as_json(), "data": str(root), **evaluation.result}
         for (_, reference), evaluation in zip(models, evaluations, strict=True)
     ]
+    first = evaluations[0].tallies
     comparisons = [
-        {
-            "first": results[0]["model"]["uri"],
-            "second": result["model"]["uri"],
-            **compared(evaluations[0].tallies, evaluation.tallies),
-        }
+        {"first": results[0]["model"]["uri"], "second": result["model"]["uri"], **compared(first, evaluation.tallies)}
         for result, evaluation in zip(results[1:], evaluations[1:], strict=True)
     ]
-
     for result in results:
         print_report(result)
     for comparison in comparisons:
         print_comparison(comparison)
     if options.out is not None:
-        partial = options.out.with_name(f".{options.out.name}.tmp")
-        partial.write_text(json.dumps({"evaluations": results, "comparisons": comparisons}, indent=2) + "\n")
-        partial.replace(options.out)
-        say(f"written: {options.out}")
-    for (_, reference), result in zip(models, results, strict=True):
-        if reference.run_id is not None and reference.tracking_uri is not None and not options.no_log:
-            child = log_evaluation(reference.tracking_uri, reference.run_id, result)
-            if not options.oracle:
-                tag_evaluation(reference, result)
-            say(f"logged to MLflow run {child}, a child of {reference.run_id}, in {reference.tracking_uri}")
-    reference = models[0][1]
-    if options.set_alias and reference.version is not None:
-        set_alias(reference.name, reference.version, options.set_alias, reference.tracking_uri)
-        say(f"models:/{reference.name}@{options.set_alias} is version {reference.version} now")
+        _write(options.out, json.dumps({"evaluations": results, "comparisons": comparisons}, indent=2) + "\n")
+    _report(options, models, evaluations, results, comparisons)
+
+
+def _report(
+    options: argparse.Namespace,
+    models: Sequence[tuple[Path, ModelRef]],
+    evaluations: Sequence[Evaluation],
+    results: Sequence[Mapping[str, Any]],
+    comparisons: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the page, and keep it with the figures in the MLflow stores that the models are in."""
+    from digseg.evaluation.inference import Predictor
+    from digseg.evaluation.report import ReportedModel, report_page
+    from digseg.registry.models import tag_evaluation
+    from digseg.registry.tracking import log_evaluation
+
+    logged = [
+        (reference, result)
+        for (_, reference), result in zip(models, results, strict=True)
+        if reference.run_id is not None and reference.tracking_uri is not None and not options.no_log
+    ]
+    if options.report is None and not logged:
+        return
+    reported = [
+        ReportedModel(Predictor.load(directory), result, evaluation.tallies)
+        for (directory, _), result, evaluation in zip(models, results, evaluations, strict=True)
+    ]
+    page = report_page(reported, evaluations[0].splits, comparisons, results[0]["data"])
+    if options.report is not None:
+        _write(options.report, page)
+    for reference, result in logged:
+        child = log_evaluation(str(reference.tracking_uri), str(reference.run_id), result, {"report.html": page})
+        if not result["oracle"]:
+            tag_evaluation(reference, result)
+        say(f"logged to MLflow run {child}, a child of {reference.run_id}, in {reference.tracking_uri}")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    say(f"written: {path}")
 
 
 def find_protocol(name: str | None) -> Protocol:
@@ -112,33 +139,6 @@ def find_protocol(name: str | None) -> Protocol:
     if name not in known and not Path(name).is_file():
         raise DigSegError(f"--protocol: no file and no protocol {name!r}{nearest(name, known)}")
     return load_section(known.get(name, Path(name)), Protocol)
-
-
-def choose_splits(root: str, split: str | None = None, corpora: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """(corpus, split) pairs below a shards' root: those of `split`, else all that are not for training; only
-    `corpora` if any are named.
-
-    Raises:
-        DigSegError: nothing is left, a corpus that is not there, or latents in place of images.
-    """
-    manifests = list_manifests(root)
-    if any(manifest.latents is not None for manifest in manifests):
-        raise DigSegError(f"{root} holds latents of augmented views; evaluate on the shards they were made from")
-    names = sorted({manifest.corpus for manifest in manifests})
-    for name in corpora:
-        if name not in names:
-            raise DigSegError(f"--corpora: no shards of {name!r} below {root}{nearest(name, names)}")
-    chosen = [
-        (manifest.corpus, manifest.split)
-        for manifest in manifests
-        if (manifest.split == split if split else manifest.split != "train")
-        and (not corpora or manifest.corpus in corpora)
-    ]
-    if not chosen:
-        found = ", ".join(f"{manifest.corpus}/{manifest.split}" for manifest in manifests)
-        wanted = f"split {split!r}" if split else "split for evaluation (all are 'train'; name one with --split)"
-        raise DigSegError(f"no {wanted} below {root}; there are: {found}")
-    return chosen
 
 
 def print_report(result: Mapping[str, Any]) -> None:
@@ -209,8 +209,8 @@ def _parser() -> argparse.ArgumentParser:
         "--oracle", action="store_true", help="tell the model which classes each image holds; the result says so"
     )
     parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--report", type=Path, help="write the report as one HTML page (MLflow gets it in any case)")
     parser.add_argument("--kept", default=KEPT, metavar="DIR", help=f"where counts are kept (default: {KEPT})")
-    parser.add_argument("--set-alias", metavar="NAME", help="let this alias mean the evaluated version afterwards")
     parser.add_argument("--no-log", action="store_true", help="do not log to the model's MLflow run")
     parser.add_argument("--num-gpus", type=float, default=0, help="share of a GPU for each task (default: CPUs)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of --config")

@@ -82,22 +82,23 @@ def evaluate_models(
     cards = [read_card(directory) for directory in model_dirs]
     manifests = [ShardedCorpus(data_root, name, split).manifest for name, split in corpora]
     splits = ask(protocol, manifests, cards, synonyms, oracle)
-    with ray_session(cluster):
-        models = [_Model(directory_digest(path), ray.put(_packed(path))) for path in model_dirs]
-        pieces = list(_pieces(models, str(data_root), splits, num_gpus > 0))
-        tallies = {
-            place: Tally.joined((tally for _, tally in group), len(splits[place[1]].manifest.vocabulary))
-            for place, group in groupby(_counted(pieces, kept, num_gpus), key=lambda pair: pair[0].place)
-        }
+    models = [_Model(directory_digest(path), path) for path in model_dirs]
+    pieces = list(_pieces(models, str(data_root), splits, num_gpus > 0))
+    tallies = {
+        place: Tally.joined((tally for _, tally in group), len(splits[place[1]].manifest.vocabulary))
+        for place, group in groupby(
+            _counted(pieces, kept, cluster, num_gpus), key=lambda piece_and_tally: piece_and_tally[0].place
+        )
+    }
     return [_evaluation(protocol, oracle, splits, tallies, number, card) for number, card in enumerate(cards)]
 
 
 @dataclass(frozen=True)
 class _Model:
-    """The files of a model in the object store; models are the same if their files are."""
+    """An exported model; models are the same if their files are."""
 
     digest: str
-    files: Any = field(compare=False)
+    directory: Path = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,16 @@ def _ranges(manifest: Manifest) -> Iterator[tuple[int, int, str]]:
         first += shard.samples
 
 
-def _counted(pieces: Sequence[_Piece], kept: StoredTallies | None, num_gpus: float) -> Iterator[tuple[_Piece, Tally]]:
+def _counted(
+    pieces: Sequence[_Piece], kept: StoredTallies | None, cluster: ClusterConfig | None, num_gpus: float
+) -> Iterator[tuple[_Piece, Tally]]:
     """Each piece, in order, with its tally: the kept one, or that of a task, which is kept as soon as it comes."""
     code = source_digest("data", "evaluation", "model")
     keys = {piece: piece.key(code) for piece in pieces}
     missing = [piece for piece in pieces if kept is None or kept.get(keys[piece]) is None]
     if len(missing) < len(pieces):
         say(f"{len(pieces) - len(missing)} of {len(pieces)} pieces were counted before")
-    new = zip(missing, fan_out(_count, missing, "evaluating", num_gpus=num_gpus, unit="pieces"), strict=True)
+    new = zip(missing, _run(missing, cluster, num_gpus) if missing else (), strict=True)
     waited_for = next(new, None)
     for piece in pieces:
         if waited_for is not None and waited_for[0] is piece:
@@ -184,18 +187,36 @@ def _counted(pieces: Sequence[_Piece], kept: StoredTallies | None, num_gpus: flo
         yield piece, tally
 
 
-def _count(piece: _Piece) -> Tally:
-    predictor = _predictor(piece.model, "cuda" if piece.on_gpu and torch.cuda.is_available() else "cpu")
+def _run(pieces: Sequence[_Piece], cluster: ClusterConfig | None, num_gpus: float) -> Iterator[Tally]:
+    """The tallies of the pieces, in order, from tasks."""
+    with ray_session(cluster):
+        models = {piece.model for piece in pieces}
+        files = {model: _Files(model.digest, ray.put(_packed(model.directory))) for model in models}
+        tasks = [(piece, files[piece.model]) for piece in pieces]
+        yield from fan_out(_count, tasks, "evaluating", num_gpus=num_gpus, unit="pieces")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """A model's files in the object store, the same if their digest is."""
+
+    digest: str
+    reference: Any = field(compare=False)
+
+
+def _count(task: tuple[_Piece, _Files]) -> Tally:
+    piece, files = task
+    predictor = _predictor(files, "cuda" if piece.on_gpu and torch.cuda.is_available() else "cpu")
     corpus = ShardedCorpus(piece.root, piece.corpus, piece.split)
     samples = range(piece.start, piece.stop)
     return count_samples(predictor.for_corpus(piece.corpus), corpus, samples, piece.question)
 
 
 @lru_cache(maxsize=1)
-def _predictor(model: _Model, device: str) -> Predictor:
+def _predictor(files: _Files, device: str) -> Predictor:
     """The model, loaded once by a worker process, however many pieces it counts."""
     with tempfile.TemporaryDirectory(prefix="digseg-model-") as folder:
-        for name, content in ray.get(model.files).items():
+        for name, content in ray.get(files.reference).items():
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)

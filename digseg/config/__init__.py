@@ -1,5 +1,6 @@
 """The one typed configuration of a run."""
 
+from digseg.config.gate import Gate
 from digseg.config.load import base_directory, dump_config, load_config, load_section
 from digseg.config.protocol import Protocol
 from digseg.config.schema import (
@@ -31,6 +32,7 @@ __all__ = [
     "CorpusSplit",
     "DataConfig",
     "EvaluationConfig",
+    "Gate",
     "MixtureEntry",
     "ModelConfig",
     "ObjectiveConfig",

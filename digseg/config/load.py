@@ -37,12 +37,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_section(path: str | Path, kind: type[SectionT]) -> SectionT:
-    """A file that holds one section of its own: a protocol, a gate.
+    """A file that holds one section of its own: a protocol, a gate. Relative locations become absolute.
 
     Raises:
         DigSegError: as :func:`load_config` says.
     """
-    return _validated(kind, _read_with_parents(Path(path), seen=()), str(path))
+    return _with_absolute_locations(_validated(kind, _read_with_parents(Path(path), seen=()), str(path)))
 
 
 def dump_config(config: Config) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from digseg.data.corpus import CorruptSampleError, Sample, ShardedCorpus
 from digseg.errors import DigSegError, nearest
-from digseg.evaluation.inference import Prediction
 from digseg.evaluation.tally import Tally
+
+if TYPE_CHECKING:  # takes seconds to import
+    from digseg.evaluation.inference import Prediction
 
 
 class Segments(Protocol):

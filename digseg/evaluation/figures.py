@@ -105,18 +105,31 @@ def compared(first: Mapping[str, Tally], second: Mapping[str, Tally]) -> dict[st
     Raises:
         ValueError: the models were not evaluated on the same images.
     """
+    pairs = paired_differences(first, second)
+    mean = sum(difference for difference, _ in pairs.values()) / len(pairs)
+    return {
+        "corpora": {name: _difference(*pair) for name, pair in pairs.items()},
+        "mean": _difference(mean, mean_draws(second) - mean_draws(first)),
+    }
+
+
+def paired_differences(first: Mapping[str, Tally], second: Mapping[str, Tally]) -> dict[str, tuple[float, Figures]]:
+    """For each corpus mIoU of the second model minus that of the first, and the same of resampled images.
+
+    Raises:
+        ValueError: the models were not evaluated on the same images.
+    """
     if {name: tally.images.num_images for name, tally in first.items()} != {
         name: tally.images.num_images for name, tally in second.items()
     }:
         raise ValueError("the models were evaluated on different images")
-    corpora, differences = {}, []
-    for name, tally in first.items():
-        difference = float(mean_iou(_totals(second[name])) - mean_iou(_totals(tally)))
-        differences.append(difference)
-        draws = _draws(name, second[name], mean_iou) - _draws(name, tally, mean_iou)
-        corpora[name] = _difference(difference, draws)
-    mean = _difference(sum(differences) / len(differences), mean_draws(second) - mean_draws(first))
-    return {"corpora": corpora, "mean": mean}
+    return {
+        name: (
+            float(mean_iou(_totals(second[name])) - mean_iou(_totals(tally))),
+            _draws(name, second[name], mean_iou) - _draws(name, tally, mean_iou),
+        )
+        for name, tally in first.items()
+    }
 
 
 def mean_draws(tallies: Mapping[str, Tally]) -> Figures:

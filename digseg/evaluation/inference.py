@@ -76,6 +76,24 @@ class Predictor:
         )
 
     @torch.inference_mode()
+    def round_trip(self, mask: NDArray[np.integer], num_classes: int) -> NDArray[np.int64]:
+        """What is left of a perfect mask [H, W] (every pixel a class) after the way to the model's working size,
+        through its autoencoder as a painted picture, and back."""
+        height, width = mask.shape
+        ids = torch.from_numpy(mask.astype(np.int64)).to(self._device)
+        areas = F.interpolate(_one_hot(ids, num_classes), self._working_size(height, width), mode="area")
+        small = areas.argmax(1)[0]
+        multiple = self._segmenter.size_multiple
+        colours = self._model.colours(num_classes).to(self._device)
+        painted = colours[small].permute(2, 0, 1).unsqueeze(0)
+        padded = F.pad(painted, (0, -small.shape[1] % multiple, 0, -small.shape[0] % multiple), mode="replicate")
+        autoencoder = self._segmenter.autoencoder
+        decoded = autoencoder.decode(autoencoder.encode(padded))[0, :, : small.shape[0], : small.shape[1]]
+        nearest = torch.cdist(decoded.flatten(1).T, colours).argmin(1).reshape(small.shape)
+        posterior = F.interpolate(_one_hot(nearest, num_classes), (height, width), mode="bilinear", align_corners=False)
+        return posterior.argmax(1)[0].cpu().numpy()
+
+    @torch.inference_mode()
     def _probabilities(self, image: NDArray[np.uint8], names: tuple[str, ...]) -> Tensor:
         height, width = image.shape[:2]
         pixels = torch.from_numpy(np.ascontiguousarray(image)).to(self._device)
@@ -106,3 +124,8 @@ class Predictor:
         if names not in self._embedded:
             self._embedded[names] = self._model.embed(names).to(self._device)
         return self._embedded[names]
+
+
+def _one_hot(ids: Tensor, num_classes: int) -> Tensor:
+    """float32 [1, K, H, W] of ids [H, W]."""
+    return F.one_hot(ids, num_classes).permute(2, 0, 1).unsqueeze(0).float()

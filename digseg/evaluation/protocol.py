@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from digseg.config import Protocol
-from digseg.data.format import Manifest, split_path
+from digseg.data.format import Manifest, list_manifests, split_path
 from digseg.errors import DigSegError, nearest
 from digseg.evaluation.evaluate import Question, renamed
-from digseg.model.export import ModelCard
+
+if TYPE_CHECKING:  # takes seconds to import
+    from digseg.model.export import ModelCard
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,33 @@ def ask(
         if corpus not in names:
             raise DigSegError(f"synonyms: corpus {corpus!r} is not among those evaluated{nearest(corpus, names)}")
     return [_asked(manifest, {**protocol.synonyms, **(synonyms or {})}, oracle) for manifest in chosen]
+
+
+def choose_splits(root: str, split: str | None = None, corpora: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(corpus, split) pairs below a shards' root: those of `split`, else all that are not for training; only
+    `corpora` if any are named.
+
+    Raises:
+        DigSegError: nothing is left, a corpus that is not there, or latents in place of images.
+    """
+    manifests = list_manifests(root)
+    if any(manifest.latents is not None for manifest in manifests):
+        raise DigSegError(f"{root} holds latents of augmented views; evaluate on the shards they were made from")
+    names = sorted({manifest.corpus for manifest in manifests})
+    for name in corpora:
+        if name not in names:
+            raise DigSegError(f"corpora: no shards of {name!r} below {root}{nearest(name, names)}")
+    chosen = [
+        (manifest.corpus, manifest.split)
+        for manifest in manifests
+        if (manifest.split == split if split else manifest.split != "train")
+        and (not corpora or manifest.corpus in corpora)
+    ]
+    if not chosen:
+        found = ", ".join(f"{manifest.corpus}/{manifest.split}" for manifest in manifests)
+        wanted = f"split {split!r}" if split else "split for evaluation (all are 'train'; name one as split)"
+        raise DigSegError(f"no {wanted} below {root}; there are: {found}")
+    return chosen
 
 
 def trained_corpora(card: ModelCard) -> set[str]:

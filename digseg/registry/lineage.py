@@ -12,8 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import digseg
 
 _PACKAGES = (
@@ -51,6 +49,8 @@ def source_revision() -> dict[str, str]:
 
 def environment() -> dict[str, Any]:
     """Python, platform, devices and the versions of the packages that decide a result."""
+    import torch  # takes seconds, and nothing else here needs it
+
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

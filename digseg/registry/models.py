@@ -22,6 +22,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from digseg.errors import DigSegError, nearest
+from digseg.registry import aliases
+from digseg.registry.lineage import directory_digest
 from digseg.registry.store import connect, default_tracking_uri, first_line, fluent
 
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -38,6 +40,7 @@ class ModelRef:
     alias: str | None
     run_id: str | None
     tracking_uri: str | None
+    sha256: str | None = None  # of the exported directory's files
 
     @property
     def uri(self) -> str:
@@ -46,7 +49,14 @@ class ModelRef:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a legend or a report."""
-        return {"name": self.name, "version": self.version, "alias": self.alias, "run_id": self.run_id}
+        return {
+            "name": self.name,
+            "version": self.version,
+            "alias": self.alias,
+            "run_id": self.run_id,
+            "sha256": self.sha256,
+            "uri": self.uri,
+        }
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,25 @@ def resolve(uri: str, tracking_uri: str | None = None) -> tuple[Path, ModelRef]:
     if alias is not None:
         number = _aliased(model, alias)
     version = _version(client, model, number)
-    reference = ModelRef(model.name, int(version.version), alias, version.run_id or None, store)
-    return _exported(_files(client, version, store)), reference
+    exported = _exported(_files(client, version, store))
+    digest = _checked_digest(exported, version)
+    return exported, ModelRef(model.name, int(version.version), alias, version.run_id or None, store, digest)
+
+
+def aliased_version(name: str, alias: str, tracking_uri: str | None = None) -> int | None:
+    """The version that `models:/name@alias` means, or None where there is no such alias.
+
+    Raises:
+        DigSegError: no such model, or a store that cannot be reached.
+    """
+    store = tracking_uri or default_tracking_uri()
+    version = _registered(connect(store), name, store).aliases.get(alias)
+    return None if version is None else int(version)
+
+
+def version_aliases(client: MlflowClient, version: ModelVersion) -> tuple[str, ...]:
+    """The aliases that mean a version, sorted."""
+    return _aliases_of(client.get_registered_model(version.name), version)
 
 
 def set_alias(name: str, version: int, alias: str, tracking_uri: str | None = None) -> None:
@@ -100,10 +127,7 @@ def set_alias(name: str, version: int, alias: str, tracking_uri: str | None = No
     store = tracking_uri or default_tracking_uri()
     client = connect(store)
     _version(client, _registered(client, name, store), str(version))
-    try:
-        client.set_registered_model_alias(name, alias, str(version))
-    except MlflowException as error:
-        raise DigSegError(f"alias {alias!r} cannot be set: {first_line(error)}") from error
+    aliases.set_alias(store, name, alias, version)
 
 
 def tag_evaluation(model: ModelRef, result: Mapping[str, Any]) -> None:
@@ -139,12 +163,11 @@ def list_versions(tracking_uri: str | None = None) -> list[ListedVersion]:
     rows = []
     for model in sorted(_all_models(client), key=lambda model: str(model.name)):
         for version in _all_versions(client, model.name):
-            aliases = sorted(alias for alias, number in model.aliases.items() if str(number) == str(version.version))
             rows.append(
                 ListedVersion(
                     name=model.name,
                     version=int(version.version),
-                    aliases=tuple(aliases),
+                    aliases=_aliases_of(model, version),
                     created_ms=int(version.creation_timestamp),
                     mean_iou=version.tags.get("mean_iou"),
                     run_id=version.run_id or None,
@@ -162,7 +185,19 @@ def _directory(path: str) -> tuple[Path, ModelRef]:
 
     exported = _exported(directory) if (directory / "MLmodel").is_file() else directory
     run_id = read_card(exported).metadata.get("run_id")
-    return exported, ModelRef(str(path), None, None, run_id, None)
+    return exported, ModelRef(str(path), None, None, run_id, None, directory_digest(exported))
+
+
+def _checked_digest(exported: Path, version: ModelVersion) -> str:
+    """sha256 of the exported directory, which has to be what was registered."""
+    digest, registered = directory_digest(exported), version.tags.get("model_sha256")
+    if registered is not None and digest != registered:
+        raise DigSegError(
+            f"models:/{version.name}/{version.version}: the files in {exported} are not those that were registered "
+            f"(sha256 {digest[:12]}..., registered {registered[:12]}...): they were changed or damaged. Put the "
+            "original files back (a copy in the cache is fetched anew once it is removed), or register the model anew"
+        )
+    return digest
 
 
 def _registered(client: MlflowClient, name: str, store: str) -> RegisteredModel:
@@ -178,12 +213,16 @@ def _registered(client: MlflowClient, name: str, store: str) -> RegisteredModel:
 
 
 def _aliased(model: RegisteredModel, alias: str) -> str:
-    aliases = {name: str(version) for name, version in model.aliases.items()}
-    if alias not in aliases:
-        known = ", ".join(f"{name} (version {version})" for name, version in sorted(aliases.items()))
+    versions = {name: str(version) for name, version in model.aliases.items()}
+    if alias not in versions:
+        known = ", ".join(f"{name} (version {version})" for name, version in sorted(versions.items()))
         hint = f"its aliases: {known}" if known else "it has no alias; name a version instead"
         raise DigSegError(f"model {model.name!r} has no alias {alias!r}; {hint}")
-    return aliases[alias]
+    return versions[alias]
+
+
+def _aliases_of(model: RegisteredModel, version: ModelVersion) -> tuple[str, ...]:
+    return tuple(sorted(alias for alias, number in model.aliases.items() if str(number) == str(version.version)))
 
 
 def _version(client: MlflowClient, model: RegisteredModel, number: str) -> ModelVersion:
@@ -273,7 +312,7 @@ def _all_models(client: MlflowClient) -> list[RegisteredModel]:
     token = None
     while True:
         page = client.search_registered_models(page_token=token)
-        models.extend(page)
+        models.extend(model for model in page if not model.name.endswith(aliases.LOCK_SUFFIX))
         token = page.token
         if not token:
             return models

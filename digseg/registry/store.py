@@ -10,6 +10,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -73,6 +74,11 @@ def connect(uri: str, *, create: bool = False) -> MlflowClient:
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError) as error:
+        if getattr(error, "get_http_status_code", int)() in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            raise DigSegError(
+                f"the MLflow server {uri} refuses these credentials ({first_line(error)}): set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            ) from error
         raise DigSegError(f"the MLflow store {uri} cannot be used: {first_line(error)}") from error
     return client
 

@@ -182,10 +182,10 @@ class MlflowRun:
             self._client.log_batch(self.run_id, tags=chunk)
 
 
-def log_evaluation(uri: str, run_id: str, result: Mapping[str, Any], files: Sequence[Path] = ()) -> str:
+def log_evaluation(uri: str, run_id: str, result: Mapping[str, Any], pages: Mapping[str, str] | None = None) -> str:
     """Add an evaluation (as `digseg.cluster.evaluate.evaluate_models` gives it, with its `model` and `data`) as a
-    child of the run that trained the model: one metric a figure, the whole as `evaluation.json`, and further files.
-    The parent gets each corpus' mIoU, unless an oracle was asked. Corpora may also stand under `held_out`.
+    child of the run that trained the model: one metric a figure, the whole as `evaluation.json`, and pages (name ->
+    text). The parent gets each corpus' mIoU, unless an oracle was asked. Corpora may also stand under `held_out`.
 
     Returns:
         The id of the child.
@@ -218,8 +218,8 @@ def log_evaluation(uri: str, run_id: str, result: Mapping[str, Any], files: Sequ
         if not result["oracle"]:
             _log_figures(client, run_id, headline)
         client.log_dict(child_id, dict(result), "evaluation.json")
-        for path in files:
-            client.log_artifact(child_id, str(path))
+        for name, text in (pages or {}).items():
+            client.log_text(child_id, text, name)
         client.set_terminated(child_id, "FINISHED")
     except MlflowException as error:
         raise DigSegError(f"MLflow at {uri} does not take the evaluation: {first_line(error)}") from error

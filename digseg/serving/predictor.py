@@ -110,5 +110,5 @@ def legend(path: Path, prediction: Prediction, model: ModelRef) -> dict[str, Any
             }
             for number, name in enumerate(prediction.classes)
         ],
-        "model": {**model.as_json(), "uri": model.uri},
+        "model": model.as_json(),
     }

@@ -233,6 +233,7 @@ class Trainer:
         state = {name.removeprefix(_SEGMENTER): weight for name, weight in weights.items()}
         metadata = {
             "run": self.config.run.name,
+            "seed": self.config.run.seed,
             "step": checkpoint.step,
             "checkpoint": str(checkpoint.path),
             "checkpoint_digest": checkpoint.digest,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,25 +13,17 @@ from shard_writing import data_config, noise_samples, write_split
 from small_world import VOCABULARY, World, export_random_model, write_squares
 
 from digseg.cluster.evaluate import evaluate_models
-from digseg.cluster.runtime import ray_session
 from digseg.config import Config, Protocol
-from digseg.config.schema import ClusterConfig
 from digseg.data.corpus import ShardedCorpus
 from digseg.errors import DigSegError
 from digseg.evaluation.evaluate import Question, count_samples, renamed
 from digseg.evaluation.figures import class_figure, corpus_figures
 from digseg.evaluation.inference import Predictor
+from digseg.evaluation.protocol import choose_splits
 from digseg.evaluation.stored import StoredTallies
-from launch.evaluate import choose_splits, main
+from launch.evaluate import main
 
-pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """One local Ray for all tests here; what they start joins it."""
-    with ray_session(ClusterConfig(workers=2)):
-        yield
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +99,10 @@ def test_a_model_that_does_not_say_its_corpora_cannot_be_split_by_them(world: Wo
         evaluate_models([world.model_dir], world.shards, [("squares", "val")], Protocol(name="x", corpora="untrained"))
 
 
-def test_the_command_writes_logs_and_moves_the_alias(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_and_logs(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
     store = ["--tracking-uri", world.tracking_uri, "--kept", str(tmp_path / "kept")]
-    extra = ["--synonyms", "squares:square=box", "--set-alias", "evaluated", "--out", str(out)]
+    extra = ["--synonyms", "squares:square=box", "--out", str(out)]
     main(["--model", "models:/digseg@challenger", "--data", str(world.shards), *store, *extra])
     (result,) = json.loads(out.read_text())["evaluations"]
     # Training splits are left out by default.
@@ -130,9 +119,7 @@ def test_the_command_writes_logs_and_moves_the_alias(
     assert child.info.status == "FINISHED"
     assert child.data.params["model"] == "models:/digseg/1"
     assert "eval.squares.synonym.square.box" in child.data.metrics
-    assert int(client.get_model_version_by_alias("digseg", "evaluated").version) == 1
-    client.delete_registered_model_alias("digseg", "evaluated")  # other tests share this registry
-    client.delete_run(child.info.run_id)
+    client.delete_run(child.info.run_id)  # other tests share this store
     assert float(client.get_model_version("digseg", "1").tags["mean_iou"]) == pytest.approx(
         result["mean_iou"], abs=1e-4
     )
@@ -176,7 +163,6 @@ def test_wrong_arguments_are_refused_with_what_exists(world: World, tmp_path: Pa
         (["--model", model, "--data", shards, "--synonyms", "squares"], "write CORPUS:CLASS=WORDING"),
         (["--model", model, "--data", shards, "--synonyms", "squares:sqare=box"], "did you mean 'square'"),
         (["--model", model, "--data", shards, "--synonyms", "town:square=box"], "'town' is not among"),
-        (["--model", model, "--data", shards, "--set-alias", "x"], "a directory has no aliases"),
         (["--model", model, "--data", shards, "--out", str(tmp_path / "no" / "x.json")], "there is no folder"),
         (["--model", model, "--data", shards, "training.steps=1"], "overrides a configuration"),
     ):

@@ -131,6 +131,38 @@ def test_files_that_were_moved_away_are_reported(tmp_path: Path, world: World) -
         hidden.rename(files)
 
 
+def test_files_that_were_changed_are_refused(tmp_path: Path, world: World) -> None:
+    directory = resolve("models:/digseg/1", world.tracking_uri)[0]
+    weights = next(directory.rglob("*.safetensors"))
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    try:
+        for uri in ("models:/digseg@challenger", "models:/digseg/1"):
+            with pytest.raises(DigSegError, match=r"models:/digseg/1: the files in .* not those that were registered"):
+                resolve(uri, world.tracking_uri)
+    finally:
+        weights.write_bytes(original)
+    assert resolve("models:/digseg/1", world.tracking_uri)[1].sha256 == directory_digest(world.model_dir)
+
+
+def test_a_version_that_holds_no_model_says_so(tmp_path: Path, world: World) -> None:
+    shutil.copy(world.tracking_uri.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    client = connect(store)
+    client.create_registered_model("nothing")
+    with pytest.raises(DigSegError, match="'nothing' has no version 1; it has none"):
+        resolve("models:/nothing/1", store)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "MLmodel").write_text("flavors: {sklearn: {}}")
+    for number, (folder, message) in enumerate(
+        (("gone", "should be in .*gone"), ("empty", "not one that DigSeg registered"), ("other", "not one that DigSeg"))
+    ):
+        client.create_model_version("nothing", str(tmp_path / folder))
+        with pytest.raises(DigSegError, match=message):
+            resolve(f"models:/nothing/{number + 1}", store)
+
+
 def test_only_exported_models_are_registered(tmp_path: Path, world: World) -> None:
     with pytest.raises(DigSegError, match="not an exported model"):
         register_model(tmp_path, world.config)

@@ -153,9 +153,7 @@ def test_an_evaluation_becomes_a_child_run(config: Config, client: MlflowClient,
         "synonyms": {"camvid": {"car": {"automobile": 0.2}}},
         "held_out": {"town": {**part, "miou": 0.125, "classes": {"flower bed (red)": 0.125}}},
     }
-    page = tmp_path / "report.html"
-    page.write_text("page")
-    child = client.get_run(log_evaluation(config.tracking.uri or "", run.run_id, result, [page]))
+    child = client.get_run(log_evaluation(config.tracking.uri or "", run.run_id, result, {"report.html": "page"}))
     assert child.data.tags["mlflow.parentRunId"] == run.run_id
     assert child.data.params["protocol"] == "supervised"
     headline = {"eval.mean_iou": 0.5, "eval.camvid.miou": 0.5, "eval.town.miou": 0.125}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_world import World, picture_bytes
+from small_world import World, export_random_model, picture_bytes, small_config
 
 from digseg.cli import main
 from digseg.errors import DigSegError, run_main
 from digseg.evaluation.images import read_image
 from digseg.evaluation.inference import Predictor
+from digseg.registry.lineage import directory_digest
+from digseg.registry.package import register_model
+from digseg.registry.tracking import MlflowRun
 
 CHAMPION = "models:/digseg@champion"
 
@@ -64,8 +68,14 @@ def test_predict_writes_mask_legend_and_overlay(world: World, picture: Path, tmp
         assert entry["pixels"] == (expected.mask == entry["id"]).sum()
         assert entry["share"] == pytest.approx(entry["pixels"] / expected.mask.size, abs=1e-6)
         assert re.fullmatch("#[0-9a-f]{6}", entry["colour"])
-    run = {"name": "digseg", "version": 2, "alias": "champion", "run_id": world.run_id, "uri": "models:/digseg/2"}
-    assert legend["model"] == run
+    assert legend["model"] == {
+        "name": "digseg",
+        "version": 2,
+        "alias": "champion",
+        "run_id": world.run_id,
+        "sha256": directory_digest(world.model_dir),
+        "uri": "models:/digseg/2",
+    }
     with Image.open(out / "field.overlay.png") as overlay:
         assert overlay.width >= 900
 
@@ -138,6 +148,88 @@ def test_models_list_shows_versions_and_aliases(world: World, capsys: pytest.Cap
     assert len(lines) == 2
     assert "champion" in lines[0]
     assert "challenger" in lines[1]
+
+
+def _models(world: World, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `digseg models` says, without the breaks of its table."""
+    main(["models", *arguments, "--tracking-uri", world.tracking_uri])
+    return re.sub(r"\s+", " ", re.sub("[^\\w.:/@,=()+-]+", " ", capsys.readouterr().out))
+
+
+def test_models_show_tells_what_a_version_is(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = _models(world, capsys, "show", CHAMPION)
+    digest = json.loads((world.shards / "squares" / "train" / "manifest.json").read_text())["digest"]
+    for fact in ("models:/digseg/2", "background, round hole, square", digest, directory_digest(world.model_dir)):
+        assert fact in shown
+    assert f"run {world.run_id}" in shown
+
+
+def test_models_diff_shows_what_differs_only(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "no difference" in _models(world, capsys, "diff", "models:/digseg/1", "models:/digseg/2")
+    shutil.copy(world.tracking_uri.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    config = small_config(
+        tmp_path, run={"name": "other", "seed": 3}, tracking={"uri": store}, data={"root": str(world.shards)}
+    )
+    run = MlflowRun(config)
+    run.start(config.model_dump(mode="json"), {"squares/train": "cd" * 32})
+    run.finish("finished")
+    register_model(export_random_model(tmp_path / "model", config, ["square", "tree"]), config, run_id=run.run_id)
+    main(["models", "diff", "models:/digseg/2", "models:/digseg/3", "--tracking-uri", store])
+    shown = capsys.readouterr().out
+    for row in (r"classes .*background, round hole, square .* square, tree", "run.seed .* 0 .* 3", "model_sha256"):
+        assert re.search(row, shown)
+    assert "training.steps" not in shown
+
+
+def test_lineage_leads_from_a_prediction_to_the_data(
+    world: World,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    main(_predict(world, tmp_path / "out", picture))
+    legend = tmp_path / "out" / "street.legend.json"
+    capsys.readouterr()
+    shown = _models(world, capsys, "lineage", str(legend))
+    digest = json.loads((world.shards / "squares" / "train" / "manifest.json").read_text())["digest"]
+    for step in (
+        "model models:/digseg/2 ( @champion) ",
+        f"files sha256 {directory_digest(world.model_dir)} as registered",
+        f"run {world.run_id} (small) finished",
+        "config.yaml of the run",
+        "source git ",
+        f"data squares/train, manifest {digest}",
+    ):
+        assert step in shown.replace("(@", "( @")
+
+    other = json.loads(legend.read_text())
+    other["model"]["sha256"] = "0" * 64
+    legend.write_text(json.dumps(other))
+    with pytest.raises(DigSegError, match="that is another registry"):
+        main(["models", "lineage", str(legend), "--tracking-uri", world.tracking_uri])
+    legend.write_text("{}")
+    with pytest.raises(DigSegError, match="is not a legend of digseg predict"):
+        main(["models", "lineage", str(legend), "--tracking-uri", world.tracking_uri])
+    with pytest.raises(DigSegError, match="cannot be read: No such file"):
+        main(["models", "lineage", str(tmp_path / "none.json"), "--tracking-uri", world.tracking_uri])
+
+
+def test_the_same_image_and_version_give_the_same_bytes(world: World, picture: Path, tmp_path: Path) -> None:
+    program = "import sys; from digseg.cli import main; main(sys.argv[1:])"
+    main(_predict(world, tmp_path / "here", picture))
+    command = [sys.executable, "-c", program, *_predict(world, tmp_path / "there", picture)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    for path in (tmp_path / "here").iterdir():
+        assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes(), path.name
 
 
 def test_a_store_that_is_not_there_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
