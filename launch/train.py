@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(config: Config) -> None:
     """Make the shards that are missing, train, and say what came out."""
     # Ray, DeepSpeed and MLflow take seconds to import: a wrong configuration should be told at once.
+    from digseg.training.logging import read_metrics
     from digseg.training.run import RunDirectory
     from launch.preparation import ensure_shards
 
@@ -49,7 +50,10 @@ def train(config: Config) -> None:
         from digseg.registry.tracking import MlflowRun
 
         run = MlflowRun(config)
-        say(f"MLflow run:     {run.run_id} in {run.tracking_uri}")
+        if run.settle(read_metrics(RunDirectory(config).metrics)):
+            say(f"MLflow run:     {run.run_id} in {run.tracking_uri}")
+        else:
+            say(f"MLflow run:     {run.tracking_uri} is away; the same command again delivers what it lacks")
     say(f"model:          {result.model_dir}")
     say(f"loss:           {result.first_loss:.4f} at step 1, {result.last_loss:.4f} at step {result.steps}")
     say(f"throughput:     {result.images_per_second:.1f} images/s, {result.world_size} workers")

@@ -29,6 +29,10 @@ _PROBE_TIMEOUT_S = 5.0
 _ENVIRONMENT = "MLFLOW_TRACKING_URI"
 
 
+class StoreAwayError(DigSegError):
+    """A store that does not answer; it may be back later."""
+
+
 def tracking_uri(config: Config) -> str:
     """The store of a run: `tracking.uri`, else $MLFLOW_TRACKING_URI, else SQLite in `run.storage`."""
     return _normalised(config.tracking.uri) if config.tracking.uri else default_tracking_uri(config.run.storage)
@@ -157,7 +161,7 @@ def _probe(uri: str) -> None:
         return  # it answers; whether the request was liked is for MLflow to find out
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise DigSegError(
+        raise StoreAwayError(
             f"the MLflow server {uri} does not answer ({reason}): start it, or correct --tracking-uri, "
             "tracking.uri or MLFLOW_TRACKING_URI"
         ) from error

@@ -6,9 +6,8 @@ import json
 import logging
 import math
 import re
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,14 +18,13 @@ from mlflow.tracking import MlflowClient
 from digseg.config import Config, dump_config
 from digseg.errors import DigSegError
 from digseg.registry import lineage
-from digseg.registry.store import artifact_location, connect, first_line, tracking_uri
+from digseg.registry.delivery import BATCH, Delivery, Opened
+from digseg.registry.store import StoreAwayError, artifact_location, connect, first_line, tracking_uri
 
 RECORD_NAME = "mlflow_run.json"
 
-_FLUSH_INTERVAL_S = 2.0
 _FINISH_TIMEOUT_S = 60.0
-# Limits of MLflow's batch API and of a dataset's digest.
-_BATCH = 100
+# Limits of MLflow on a parameter's value and a dataset's digest.
 _PARAM_LENGTH = 6000
 _DIGEST_LENGTH = 36
 
@@ -52,6 +50,10 @@ class MlflowRun:
     The run's name identifies it: its id is kept in `run.storage/run.name/mlflow_run.json`, and a process that
     starts the same run again continues it if the store still knows it. Metrics are handed to a thread, so
     that training never waits for the store; those of steps that the store already has are not repeated.
+
+    A store that is away does not stop a run that it once knew: what is to be logged waits, and is delivered in
+    order when the store is back. What a run's end still finds waiting is in the run's own `metrics.jsonl`;
+    `settle` delivers it from there.
     """
 
     def __init__(self, config: Config, world_size: int | None = None) -> None:
@@ -61,7 +63,7 @@ class MlflowRun:
         self._record_path = Path(config.run.storage) / config.run.name / RECORD_NAME
         self._connected: MlflowClient | None = None
         self._run_id: str | None = None
-        self._writer: _MetricWriter | None = None
+        self._delivery: Delivery | None = None
 
     @property
     def tracking_uri(self) -> str:
@@ -79,46 +81,75 @@ class MlflowRun:
             self._run_id = self._continued() or self._created()
         return self._run_id
 
-    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str]) -> None:
-        """Open or continue the run: parameters, resolved configuration, datasets, revision and environment.
+    def start(
+        self, config: Mapping[str, Any], dataset_digests: Mapping[str, str], facts: Mapping[str, str] | None = None
+    ) -> None:
+        """Open or continue the run: parameters, resolved configuration, datasets, revision, environment and facts.
 
         Raises:
-            DigSegError: the store cannot be reached or refuses the run.
+            DigSegError: the store refuses the run, or cannot be reached and does not know it yet.
         """
+
+        def opened() -> Opened:
+            self._open(config, dataset_digests, facts or {})
+            return Opened(self._client, self.run_id, self._last_steps())
+
         try:
-            self._client.update_run(self.run_id, status="RUNNING")
-            self._log_parameters(flattened(config))
-            tags = {
-                **lineage.source_revision(),
-                "world_size": str(self._world_size),
-                "config_sha256": lineage.mapping_digest(config),
-                "run_directory": str(self._record_path.parent),
-                **{f"dataset.{name}": digest for name, digest in dataset_digests.items()},
-            }
-            self._log_tags(tags)
-            self._client.log_inputs(self.run_id, list(_dataset_inputs(self._config.data.root, dataset_digests)))
-            self._client.log_text(self.run_id, dump_config(self._config), "config.yaml")
-            self._client.log_dict(self.run_id, lineage.environment(), "environment.json")
-            self._writer = _MetricWriter(self._client, self.run_id, self._last_steps())
-        except MlflowException as error:
-            raise DigSegError(f"MLflow at {self._uri} refuses the run: {first_line(error)}") from error
+            ready = opened()
+        except (MlflowException, StoreAwayError) as error:
+            if _read_record(self._record_path).get("tracking_uri") != self._uri:
+                if isinstance(error, StoreAwayError):
+                    raise
+                raise DigSegError(f"MLflow at {self._uri} refuses the run: {first_line(error)}") from error
+            _log.warning("%s; the run goes on, and what it logs is delivered later", first_line(error))
+            self._delivery = Delivery(opened)
+        else:
+            self._delivery = Delivery(lambda: ready)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Queue figures of a step of a started run, steps ascending; returns at once. A step that the store
         already has is left out; values that are not finite are logged as they are."""
-        assert self._writer is not None, "start() comes first"
+        assert self._delivery is not None, "start() comes first"
         now_ms = time.time_ns() // 1_000_000
-        self._writer.put([Metric(metric_name(name), float(value), now_ms, step) for name, value in values.items()])
+        self._delivery.put([Metric(metric_name(name), float(value), now_ms, step) for name, value in values.items()])
 
     def finish(self, status: Literal["finished", "failed"]) -> None:
-        """Write what is queued and close the run."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Write what is queued and close the run; where the store is away, note that both are still to be done."""
+        delivered = self._delivery is None or self._delivery.close(_FINISH_TIMEOUT_S)
+        self._delivery = None
         try:
-            self._client.set_terminated(self.run_id, "FINISHED" if status == "finished" else "FAILED")
-        except MlflowException as error:
+            if delivered:
+                self._client.set_terminated(self.run_id, "FINISHED" if status == "finished" else "FAILED")
+                self._save_record(self.run_id)
+                return
+        except (MlflowException, StoreAwayError) as error:
             _log.warning("MLflow did not take the end of the run: %s", first_line(error))
+        run_id = self._run_id or _read_record(self._record_path).get("run_id")
+        self._save_record(str(run_id), ended=status)
+        _log.warning(
+            "the last figures and the end of the run did not reach MLflow at %s; the run's metrics.jsonl has them, and "
+            "the same command again delivers them",
+            self._uri,
+        )
+
+    def settle(self, lines: Iterable[Mapping[str, Any]]) -> bool:
+        """Deliver what the end of the run found waiting, if anything; whether the store has all of the run now.
+
+        Args:
+            lines: the run's `metrics.jsonl`.
+        """
+        ended = _read_record(self._record_path).get("ended")
+        try:
+            ready = Opened(self._client, self.run_id, self._last_steps())
+        except (MlflowException, StoreAwayError) as error:
+            _log.warning("%s", first_line(error))
+            return False
+        if ended is not None:
+            self._delivery = Delivery(lambda: ready)
+            for line in lines:
+                self.metrics(line["step"], {name: value for name, value in line.items() if name != "step"})
+            self.finish(ended)
+        return "ended" not in _read_record(self._record_path)
 
     def log_images(self, paths: Sequence[Path], folder: str = "pictures") -> None:
         """Attach picture files; MLflow's page shows them."""
@@ -135,6 +166,22 @@ class MlflowRun:
             self._connected = connect(self._uri, create=True)
         return self._connected
 
+    def _open(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str], facts: Mapping[str, str]) -> None:
+        self._client.update_run(self.run_id, status="RUNNING")
+        self._log_parameters(flattened(config))
+        tags = {
+            **lineage.source_revision(),
+            **facts,
+            "world_size": str(self._world_size),
+            "config_sha256": lineage.mapping_digest(config),
+            "run_directory": str(self._record_path.parent),
+            **{f"dataset.{name}": digest for name, digest in dataset_digests.items()},
+        }
+        self._log_tags(tags)
+        self._client.log_inputs(self.run_id, list(_dataset_inputs(self._config.data.root, dataset_digests)))
+        self._client.log_text(self.run_id, dump_config(self._config), "config.yaml")
+        self._client.log_dict(self.run_id, lineage.environment(), "environment.json")
+
     def _continued(self) -> str | None:
         """The recorded run, if this store still has it."""
         run_id = _read_record(self._record_path).get("run_id")
@@ -142,8 +189,10 @@ class MlflowRun:
             return None
         try:
             run = self._client.get_run(run_id)
-        except MlflowException:
-            return None
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise  # the store fails; it may still have the run
         return str(run_id) if run.info.lifecycle_stage == "active" else None
 
     def _created(self) -> str:
@@ -155,10 +204,12 @@ class MlflowRun:
         self._save_record(run.info.run_id)
         return str(run.info.run_id)
 
-    def _save_record(self, run_id: str) -> None:
+    def _save_record(self, run_id: str, ended: str | None = None) -> None:
+        """Note the run's id, and how the run ended if the store does not know it yet."""
         self._record_path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._record_path.with_suffix(".tmp")
-        partial.write_text(json.dumps({"run_id": run_id, "tracking_uri": self._uri}, indent=1))
+        record = {"run_id": run_id, "tracking_uri": self._uri, **({"ended": ended} if ended else {})}
+        partial.write_text(json.dumps(record, indent=1))
         partial.replace(self._record_path)
 
     def _last_steps(self) -> dict[str, int]:
@@ -286,7 +337,7 @@ def _dataset_inputs(root: str, digests: Mapping[str, str]) -> Iterator[DatasetIn
 
 
 def _chunks(items: list[_T]) -> Iterator[list[_T]]:
-    return (items[start : start + _BATCH] for start in range(0, len(items), _BATCH))
+    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -295,55 +346,3 @@ def _read_record(path: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-class _MetricWriter:
-    """Writes metrics in batches from a thread of its own. A store that fails is tried again, without end
-    while the run goes on and for `_FINISH_TIMEOUT_S` at its end; it never stops the run."""
-
-    def __init__(self, client: MlflowClient, run_id: str, last_steps: dict[str, int]) -> None:
-        self._client, self._run_id, self._last_steps = client, run_id, last_steps
-        self._queue: list[Metric] = []
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="mlflow-metrics", daemon=True)
-        self._thread.start()
-
-    def put(self, metrics: Sequence[Metric]) -> None:
-        """Queue those metrics whose step comes after the last one of their key."""
-        new = [metric for metric in metrics if metric.step > self._last_steps.get(metric.key, -1)]
-        self._last_steps |= {metric.key: metric.step for metric in new}
-        with self._lock:
-            self._queue.extend(new)
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join(_FINISH_TIMEOUT_S)
-        if self._queue:
-            _log.warning("%d metrics did not reach MLflow; they are in the run's metrics.jsonl", len(self._queue))
-
-    def _work(self) -> None:
-        failing = False
-        while True:
-            last = self._closing.wait(_FLUSH_INTERVAL_S)
-            try:
-                self._flush()
-                failing = False
-            except Exception as error:  # whatever the store does must not end the training
-                if not failing:
-                    _log.warning("MLflow does not take metrics, trying on: %s", first_line(error))
-                failing = True
-            if last and not (failing and self._queue):
-                return
-            if last:
-                time.sleep(_FLUSH_INTERVAL_S)
-
-    def _flush(self) -> None:
-        while True:
-            with self._lock:
-                batch = self._queue[:_BATCH]
-            if not batch:
-                return
-            self._client.log_batch(self._run_id, metrics=batch)
-            with self._lock:
-                del self._queue[: len(batch)]

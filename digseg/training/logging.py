@@ -17,9 +17,10 @@ class RunLogger(Protocol):
     it again); a logger that keeps state outside the process continues the same run then.
     """
 
-    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str]) -> None:
+    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str], facts: Mapping[str, str]) -> None:
         """Open or continue the run. ``config`` is the resolved configuration as plain JSON values,
-        ``dataset_digests`` maps ``corpus/split`` to its manifest's digest."""
+        ``dataset_digests`` maps ``corpus/split`` to its manifest's digest, ``facts`` say what the run really uses
+        (device, attention kernel)."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record figures of the window that ended with ``step`` (the number of optimizer steps taken).
@@ -35,7 +36,7 @@ class RunLogger(Protocol):
 class NullLogger:
     """A logger that keeps nothing: for other ranks than 0, and for runs without tracking."""
 
-    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str]) -> None:
+    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str], facts: Mapping[str, str]) -> None:
         pass
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:

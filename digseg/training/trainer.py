@@ -18,6 +18,7 @@ from digseg.console import ProgressHandle, progress, say
 from digseg.data.loader import Batch, training_batches
 from digseg.data.training_data import TrainingData
 from digseg.errors import DigSegError
+from digseg.model.denoiser import attention_kernel
 from digseg.model.export import export_model
 from digseg.model.segmenter import build_segmenter
 from digseg.model.text import build_text_table, load_text_encoder
@@ -121,6 +122,7 @@ class Trainer:
         self._text_table = build_text_table(self.data.names, encoder)
         segmenter = build_segmenter(config, encoder)
         self.data.check_autoencoder(segmenter.autoencoder.identity)
+        self._facts = {"device": _device_name(world.device), "attention_kernel": attention_kernel(segmenter.unet)}
         self._buffers = {name: buffer.clone() for name, buffer in _persistent_buffers(segmenter)}
         self.engine = Engine(SegmenterLoss(segmenter, config, self._text_table.embeddings), config, world)
         ema = config.training.ema
@@ -283,7 +285,7 @@ class Trainer:
 
     @contextmanager
     def _logged_run(self) -> Iterator[None]:
-        self.logger.start(self.config.model_dump(mode="json"), self._dataset_digests())
+        self.logger.start(self.config.model_dump(mode="json"), self._dataset_digests(), self._facts)
         try:
             # A process that was killed may not have delivered its last figures; the file has them.
             for figures in read_metrics(self.directory.metrics) if self.world.is_main else []:
@@ -315,6 +317,10 @@ class _Silent:
 
     def note(self, text: str) -> None:
         pass
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _num_cores() -> int:

@@ -102,7 +102,7 @@ def test_a_model_that_does_not_say_its_corpora_cannot_be_split_by_them(world: Wo
 def test_the_command_writes_and_logs(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
     store = ["--tracking-uri", world.tracking_uri, "--kept", str(tmp_path / "kept")]
-    extra = ["--synonyms", "squares:square=box", "--out", str(out)]
+    extra = ["--synonyms", "squares:square=box", "--out", str(out), "--report", str(tmp_path / "report.html")]
     main(["--model", "models:/digseg@challenger", "--data", str(world.shards), *store, *extra])
     (result,) = json.loads(out.read_text())["evaluations"]
     # Training splits are left out by default.
@@ -119,6 +119,9 @@ def test_the_command_writes_and_logs(world: World, tmp_path: Path, capsys: pytes
     assert child.info.status == "FINISHED"
     assert child.data.params["model"] == "models:/digseg/1"
     assert "eval.squares.synonym.square.box" in child.data.metrics
+    (tmp_path / "logged").mkdir()
+    page = client.download_artifacts(child.info.run_id, "report.html", str(tmp_path / "logged"))
+    assert Path(page).read_text() == (tmp_path / "report.html").read_text()
     client.delete_run(child.info.run_id)  # other tests share this store
     assert float(client.get_model_version("digseg", "1").tags["mean_iou"]) == pytest.approx(
         result["mean_iou"], abs=1e-4
@@ -163,7 +166,7 @@ def test_wrong_arguments_are_refused_with_what_exists(world: World, tmp_path: Pa
         (["--model", model, "--data", shards, "--synonyms", "squares"], "write CORPUS:CLASS=WORDING"),
         (["--model", model, "--data", shards, "--synonyms", "squares:sqare=box"], "did you mean 'square'"),
         (["--model", model, "--data", shards, "--synonyms", "town:square=box"], "'town' is not among"),
-        (["--model", model, "--data", shards, "--out", str(tmp_path / "no" / "x.json")], "there is no folder"),
+        (["--model", model, "--data", shards, "--out", str(tmp_path / "no" / "x.json")], "in a folder that exists"),
         (["--model", model, "--data", shards, "training.steps=1"], "overrides a configuration"),
     ):
         with pytest.raises(DigSegError, match=message):

@@ -7,12 +7,8 @@ import io
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +18,7 @@ import pandas as pd
 import pytest
 from mlflow.pyfunc.scoring_server import infer_and_parse_data
 from mlflow.tracking import MlflowClient
+from mlflow_server import MlflowServer
 from PIL import Image
 from small_world import VOCABULARY, World, picture_bytes
 
@@ -235,41 +232,11 @@ def test_bad_rows_are_named(model: mlflow.pyfunc.PyFuncModel) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """A real tracking server with an empty store, ended by its process id."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    store = [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path}/mlflow.db",
-        "--artifacts-destination",
-        str(tmp_path / "files"),
-    ]
-    log = tmp_path / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, *store], stdout=output, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
-        )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_healthy(uri, process, log)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-
-
-def _wait_until_healthy(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(f"{uri}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"the server did not come up:\n{log.read_text()}")
+    """A real tracking server with an empty store."""
+    server = MlflowServer(tmp_path)
+    server.start()
+    yield server.uri
+    server.stop()
 
 
 def test_a_tracking_server_keeps_runs_and_models(

@@ -33,7 +33,8 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str]) -> None:
+    def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str], facts: Mapping[str, str]) -> None:
+        assert facts == {"device": "cpu", "attention_kernel": "math"}
         self.calls.append(("start", config["run"]["name"], dict(dataset_digests)))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
