@@ -110,6 +110,11 @@ def test_loader_processes_and_the_cache_change_nothing(root: Path) -> None:
     assert rows(batches(config(root, decoded_cache_mb=1))) == plain
 
 
+def test_remote_latents_give_the_batches_of_local_ones(root: Path) -> None:
+    write_latents(config(root, latents=None), "memory://latents/here", VIEWS)
+    assert rows(batches(config(root, latents="memory://latents/here"))) == rows(batches(config(root)))
+
+
 def test_batch_is_split_and_moved_with_its_latents(root: Path) -> None:
     batch = batches(config(root), steps=1)[0]
     assert batch.latents is not None
