@@ -10,9 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+# Started as a file, Python looks for modules beside it, and there data_prep is another benchmark.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep.encode_latents import Settings, encode_latents
 from digseg.cluster.evaluate import evaluate_models
