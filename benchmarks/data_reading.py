@@ -2,12 +2,15 @@
 
 Four comparisons on a corpus of JPEGs and PNG masks that is drawn here (480x360 pixels, as CamVid's are):
 
-- training samples a second (shuffled, decoded, augmented, 256 px crops) against a ``webdataset`` pipeline with the same
-  augmentation, batch size and number of loader processes;
+- training samples a second (shuffled, decoded, augmented, 256 px crops) against ``webdataset`` with the same batch size
+  and number of loader processes. Its pipeline is that of its documentation: shuffled shards, a buffer of 1000, its own
+  decoders, batches made in the loader processes. The augmentation is the same twice: in distribution, written the usual
+  way (PIL resizes the whole image, then crop, mirror, ``ImageEnhance``; ``ratio_vs_webdataset``), and in code, this
+  project's own (``ratio_vs_webdataset_same_code``);
 - the same against the floor: decoding and augmenting the same bytes from memory, in as many processes;
 - undecoded samples a second in shuffled order against ``webdataset`` reading one shard after another;
-- an undecoded sample's cost among a million indexed samples against its cost among a thousand. The million are hard
-  links to the same shards, so that both read the same bytes.
+- a sample's cost among a million indexed samples against its cost among a thousand, for training samples and undecoded
+  ones. The million are hard links to the same shards, so that both read the same bytes.
 
 The sides take turns; figures are medians over the rounds, spreads are those of the rounds' ratios. Loader processes
 start, and fill their queues, before the clock does. The last line is JSON.
@@ -32,7 +35,7 @@ import numpy as np
 import torch
 import webdataset as wds
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance
 from scipy.ndimage import gaussian_filter
 from torch.utils.data import DataLoader, Dataset
 from webdataset.autodecode import imagehandler
@@ -65,6 +68,7 @@ HEIGHT, WIDTH, CLASSES, CROP, BATCH = 360, 480, 12, 256, 16
 SAMPLES, SHARDS, MILLION = 1024, 4, 10**6
 LABELS = np.arange(256, dtype=np.uint8)
 Round = Callable[[], float]  # samples a second
+Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # image and labels of a crop
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"training samples/s, crops of {CROP}, batches of {BATCH}, {options.workers} loader processes a side:")
         loaders = {
             "digseg": training_batches(TrainingData(config.data, seed=0), config, 0, 1, 0, 10**6),
-            "webdataset": _webdataset_batches(urls, settings, options.workers),
+            "webdataset": _webdataset_batches(urls, _OrdinaryAugmentation(settings), options.workers),
+            "webdataset, same code": _webdataset_batches(urls, _SameAugmentation(settings), options.workers),
             "from memory": _memory_batches(corpus, settings, options.workers),
         }
         decoded = _compared(
@@ -105,16 +110,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.rounds,
             "digseg, shuffled",
         )
-        say("undecoded samples/s by the number of samples that are indexed:")
-        million = _stored_round(ShardedCorpus(root / "million", CORPUS, SPLIT))
-        grown = _compared({"million": million, "thousand": _stored_round(corpus)}, options.rounds, "million")
+        corpora = {"million": root / "million", "thousand": root / "thousand"}
+        say("training samples/s by the number of samples that are indexed, one process:")
+        sides = {name: _sample_round(TrainingData(_config(path, 0).data, seed=0)) for name, path in corpora.items()}
+        grown = _compared(sides, options.rounds, "million")
+        say("undecoded samples/s by the number of samples that are indexed, one process:")
+        sides = {name: _stored_round(ShardedCorpus(path, CORPUS, SPLIT)) for name, path in corpora.items()}
+        raw_grown = _compared(sides, options.rounds, "million")
         figures = {
             "samples_per_second": decoded["digseg"][0],
             "ratio_vs_webdataset": decoded["webdataset"][1],
+            "ratio_vs_webdataset_same_code": decoded["webdataset, same code"][1],
             "ratio_vs_decode_floor": decoded["from memory"][1],
             "raw_samples_per_second": raw["digseg, shuffled"][0],
             "ratio_raw_vs_webdataset": raw["webdataset, in order"][1],
             "cost_ratio_1e6_vs_1e3": 1 / grown["thousand"][1],
+            "raw_cost_ratio_1e6_vs_1e3": 1 / raw_grown["thousand"][1],
             "workers": options.workers,
         }
     line = json.dumps({name: round(value, 3) for name, value in figures.items()})
@@ -165,25 +176,71 @@ def _stored_round(corpus: ShardedCorpus, samples: int = 16384) -> Round:
     return lambda: _rate(samples, stream)
 
 
-def _webdataset_batches(urls: Sequence[str], settings: TransformSettings, workers: int) -> Iterator[Any]:
-    """Shuffled shards and a buffer of 1000, its own decoders, batches made in the loader processes."""
-    random = np.random.default_rng(0)
+def _sample_round(data: TrainingData, samples: int = 320) -> Round:
+    """Training samples at consecutive positions, in this process; each round goes on."""
+    stream = (data.sample(position) for position in count())
+    return lambda: _rate(samples, stream)
 
-    def augmented(sample: dict[str, Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        return training_crop(sample["image.jpg"], sample["mask.png"], LABELS, settings, random)
 
+class _SameAugmentation:
+    """The augmentation of training, by its own code."""
+
+    decoders = (imagehandler("rgb8", ["jpg"]), imagehandler("l8", ["png"]))
+
+    def __init__(self, settings: TransformSettings) -> None:
+        self._settings, self._random = settings, np.random.default_rng(0)
+
+    def __call__(self, sample: dict[str, Any]) -> Pair:
+        return training_crop(sample["image.jpg"], sample["mask.png"], LABELS, self._settings, self._random)
+
+
+class _OrdinaryAugmentation:
+    """The same augmentation in distribution, as it is usually written for PIL."""
+
+    decoders = (imagehandler("pilrgb", ["jpg"]), imagehandler("pill", ["png"]))
+
+    def __init__(self, settings: TransformSettings) -> None:
+        self._settings, self._random = settings, np.random.default_rng(0)
+
+    def __call__(self, sample: dict[str, Any]) -> Pair:
+        settings, random = self._settings, self._random
+        image, mask = sample["image.jpg"], sample["mask.png"]
+        ratio = settings.short_side * random.uniform(*settings.scale) / min(image.size)
+        size = tuple(round(side * ratio) for side in image.size)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        mask = mask.resize(size, Image.Resampling.NEAREST)
+        left, top = (int(random.integers(min(0, side - CROP), max(0, side - CROP) + 1)) for side in size)
+        if min(size) < CROP:
+            canvas, ids = Image.new("RGB", (CROP, CROP), (128, 128, 128)), Image.new("L", (CROP, CROP), 255)
+            canvas.paste(image, (-left, -top))
+            ids.paste(mask, (-left, -top))
+            image, mask = canvas, ids
+        else:
+            box = (left, top, left + CROP, top + CROP)
+            image, mask = image.crop(box), mask.crop(box)
+        if random.random() < 0.5:
+            image, mask = (part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in (image, mask))
+        bounds = 1 - settings.colour_jitter, 1 + settings.colour_jitter
+        for kind in (ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness):
+            image = kind(image).enhance(random.uniform(*bounds))
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), np.array(mask)
+
+
+def _webdataset_batches(
+    urls: Sequence[str], augmentation: _SameAugmentation | _OrdinaryAugmentation, workers: int
+) -> Iterator[Any]:
     dataset = (
         wds.WebDataset(list(urls), shardshuffle=len(urls), seed=0, detshuffle=True)
         .repeat()
         .shuffle(1000)
-        .decode(imagehandler("rgb8", ["jpg"]), imagehandler("l8", ["png"]))
-        .map(augmented)
+        .decode(*augmentation.decoders)
+        .map(augmentation)
         .batched(BATCH)
     )
     return iter(wds.WebLoader(dataset, batch_size=None, num_workers=workers))
 
 
-class _InMemory(Dataset[tuple[NDArray[np.uint8], NDArray[np.uint8]]]):
+class _InMemory(Dataset[Pair]):
     """The encoded images and masks of a corpus as bytes."""
 
     def __init__(self, corpus: ShardedCorpus, settings: TransformSettings) -> None:
@@ -191,7 +248,7 @@ class _InMemory(Dataset[tuple[NDArray[np.uint8], NDArray[np.uint8]]]):
         self._encoded = [(s.member(s.entry.image_member), s.member(MASK_MEMBER)) for s in stored]
         self._settings, self._random = settings, np.random.default_rng(0)
 
-    def __getitem__(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def __getitem__(self, number: int) -> Pair:
         image, mask = self._encoded[number]
         pixels = decode_image(image, self._settings.longest_short_side)
         return training_crop(pixels, decode_mask(mask), LABELS, self._settings, self._random)

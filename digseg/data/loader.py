@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from digseg.config.schema import Config
 from digseg.data.ahead import ShardFetcher
@@ -26,6 +26,8 @@ from digseg.data.latents import Latents
 from digseg.data.queries import class_weights
 from digseg.data.training_data import TrainingData, TrainingSample
 from digseg.errors import DigSegError
+
+_SMALL = ("query_ids", "colour_ids", "class_weights", "positions")
 
 
 @dataclass
@@ -52,6 +54,13 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A tensor that goes to another process costs a file of shared memory: too much for a few numbers.
+        return {name: value.numpy() if name in _SMALL else value for name, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({n: torch.from_numpy(value) if n in _SMALL else value for n, value in state.items()})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with all that the model reads on ``device``, in the types that it computes with."""
@@ -189,8 +198,9 @@ def collate(samples: Sequence[TrainingSample], exponent: float, maximum: float) 
         colour_ids[row, :used] = sample.query.colour_ids
         weights[row, :used] = class_weights(sample.query.frequencies, exponent, maximum)
     return Batch(
-        images=torch.from_numpy(np.stack([sample.image for sample in samples])),
-        labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
+        # In a loader process this stacks right into the memory that it shares with the training process.
+        images=default_collate([sample.image for sample in samples]),
+        labels=default_collate([sample.labels for sample in samples]),
         query_ids=torch.from_numpy(query_ids),
         colour_ids=torch.from_numpy(colour_ids),
         class_weights=torch.from_numpy(weights),

@@ -105,7 +105,9 @@ def draw_query(
     kept = _within(kept, vocabulary, settings.max_classes, rng)
     has_background = vocabulary.background_class is not None or len(kept) < len(vocabulary.foreground)
     num_foreign = min(num_foreign, settings.max_classes - len(kept) - int(has_background))
-    foreign = rng.choice(vocabulary.foreign_name_ids, size=max(num_foreign, 0), replace=False)
+    foreign = vocabulary.foreign_name_ids[:0]
+    if num_foreign > 0:
+        foreign = rng.choice(vocabulary.foreign_name_ids, size=num_foreign, replace=False)
 
     name_ids = np.concatenate(
         [vocabulary.name_ids[kept], foreign, [vocabulary.background_name_id] if has_background else []]
