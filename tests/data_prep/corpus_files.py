@@ -50,3 +50,14 @@ def truncate(path: Path) -> None:
     """Keep the first 60 % of a file."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
+
+
+def noise_corpus(root: Path, images: int, height: int = 24, width: int = 32) -> Path:
+    """A folder corpus called garden, all of it ``train``: noise of two classes; the last image has no mask."""
+    for number in range(images):
+        pixels = photo(height, width, seed=number)
+        save(root / f"images/train/plot{number}.jpg", pixels)
+        save(root / f"masks/train/plot{number}.png", pixels[:, :, 0] % 2)
+    (root / f"masks/train/plot{images - 1}.png").unlink()
+    (root / "classes.yaml").write_text("name: garden\nclasses: [path, grass]\ndomain: natural\nlicence: CC0-1.0\n")
+    return root

@@ -12,11 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
+from corpus_files import noise_corpus
 from killed_sharding import contents
-from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES = 24
@@ -26,18 +25,7 @@ TIMEOUT_S = 120
 
 @pytest.fixture(scope="module")
 def garden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder corpus of small images, one of them without a mask."""
-    root = tmp_path_factory.mktemp("killed") / "garden"
-    pixels = np.random.default_rng(0)
-    for folder in ("images", "masks"):
-        (root / folder / "train").mkdir(parents=True)
-    (root / "classes.yaml").write_text("name: garden\nclasses: [path, grass]\ndomain: natural\nlicence: CC0-1.0\n")
-    for number in range(SAMPLES):
-        image = pixels.integers(0, 256, (48, 64, 3), dtype=np.uint8)
-        Image.fromarray(image).save(root / f"images/train/plot{number}.jpg")
-        Image.fromarray(pixels.integers(0, 2, (48, 64), dtype=np.uint8)).save(root / f"masks/train/plot{number}.png")
-    (root / "masks/train/plot7.png").unlink()
-    return root
+    return noise_corpus(tmp_path_factory.mktemp("killed") / "garden", SAMPLES, height=48, width=64)
 
 
 def environment() -> dict[str, str]:

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
-from PIL import Image
+from corpus_files import noise_corpus
 from ray_head import start_head
 from s3_server import BUCKET, start_s3
 
@@ -34,17 +33,7 @@ def s3() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def garden(tmp_path: Path) -> Path:
-    root = tmp_path / "garden"
-    pixels = np.random.default_rng(0)
-    for folder in ("images", "masks"):
-        (root / folder / "train").mkdir(parents=True)
-    (root / "classes.yaml").write_text("name: garden\nclasses: [path, grass]\ndomain: natural\nlicence: CC0-1.0\n")
-    for number in range(6):
-        image = pixels.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(image).save(root / f"images/train/{number}.jpg")
-        Image.fromarray(pixels.integers(0, 2, (24, 32), dtype=np.uint8)).save(root / f"masks/train/{number}.png")
-    (root / "masks/train/5.png").unlink()
-    return root
+    return noise_corpus(tmp_path / "garden", images=6)
 
 
 @pytest.mark.cluster
