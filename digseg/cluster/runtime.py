@@ -29,7 +29,7 @@ def ray_session(cluster: ClusterConfig | None = None) -> Iterator[None]:
 
     In this order: a session that already runs in this process is used as it is; ``cluster.address`` or
     ``RAY_ADDRESS`` (which every submitted job has) is joined; else a local cluster is started, with enough CPUs
-    for ``cluster.workers``. Only what was started or joined here is shut down.
+    for the fewest of ``cluster.workers``. Only what was started or joined here is shut down.
 
     Raises:
         DigSegError: the cluster at the given address cannot be reached.
@@ -75,7 +75,7 @@ def _check_listening(address: str) -> None:
 
 def _start(cluster: ClusterConfig | None) -> None:
     cores = len(os.sched_getaffinity(0))
-    wanted = math.ceil(cluster.workers * cluster.cpus_per_worker) if cluster else 1
+    wanted = math.ceil(cluster.min_workers * cluster.cpus_per_worker) if cluster else 1
     ray.init(
         address="local",
         # More workers than cores is slow but runs; with fewer CPUs than workers Ray would wait for ever.

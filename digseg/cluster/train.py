@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from digseg.config import Config
 from digseg.console import progress, say
@@ -37,7 +38,8 @@ def run_training(config: Config) -> TrainingResult:
     """Train with ``cluster.workers`` Ray workers.
 
     A run that was interrupted goes on from its last checkpoint. When a worker or its node is lost, Ray
-    starts all workers anew, up to ``cluster.max_failures`` times, and they do the same.
+    starts all workers anew, up to ``cluster.max_failures`` times, and they do the same. Where a range of workers
+    is given, Ray starts as many as there is room for, and again when the room changes.
 
     Raises:
         DigSegError: the configuration or the data do not allow it, whichever process found out.
@@ -46,7 +48,7 @@ def run_training(config: Config) -> TrainingResult:
     if finished is not None:
         say(f"run {config.run.name!r} is finished: all {finished.steps} steps are taken")
         return finished
-    check_run(config, config.cluster.workers)
+    check_run(config, config.world_sizes[-1])
     with ray_session(config.cluster):
         _fit(config)
     result = finished_result(config)
@@ -74,13 +76,16 @@ def _torch_trainer(config: Config) -> ray.train.torch.TorchTrainer:
     resources = {"CPU": cluster.cpus_per_worker}
     if on_gpu:
         resources["GPU"] = cluster.gpus_per_worker
-    trainer = _OneNodeTrainer if len(ray.nodes()) == 1 else ray.train.torch.TorchTrainer
-    return trainer(
+    return _Trainer(
+        config,
         _train_worker,
         train_loop_config={"config": config.model_dump(mode="json")},
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu=on_gpu, resources_per_worker=resources
+            num_workers=cluster.workers,
+            use_gpu=on_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=cluster.resize_interval_s,
         ),
         run_config=ray.train.RunConfig(
             name="ray",
@@ -91,17 +96,41 @@ def _torch_trainer(config: Config) -> ray.train.torch.TorchTrainer:
     )
 
 
-class _OneNodeTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
-    """Ray Train without the actors that watch for the loss of other machines: they cost seconds of start-up.
+class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
+    """Ray Train with as many workers as share the global batch, and no more actors than needed."""
 
-    The one that frees a dead controller's placement group asks the dashboard about it each second, and
-    complains aloud each second where there is none; here the group goes with the session.
-    """
+    def __init__(self, config: Config, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._world_sizes = config.world_sizes
 
     def _create_default_callbacks(self) -> list[Any]:
+        """On one machine, without the actors that watch for the loss of others: they cost seconds of start-up.
+
+        The one that frees a dead controller's placement group asks the dashboard about it each second, and
+        complains aloud each second where there is none; here the group goes with the session.
+        """
+        if len(ray.nodes()) > 1:
+            return list(super()._create_default_callbacks())
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            arguments["scaling_policy"] = _SharingPolicy(self.scaling_config, self._world_sizes)
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class _SharingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
+    """As many workers as there is room for, of the numbers that share the global batch evenly."""
+
+    def __init__(self, scaling_config: Any, world_sizes: tuple[int, ...]) -> None:
+        super().__init__(scaling_config)
+        self._world_sizes = world_sizes
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        room = super()._count_possible_workers(reserved_resources)
+        return max((size for size in self._world_sizes if size <= room), default=0)
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
@@ -168,7 +197,8 @@ def _followed(config: Config) -> Iterator[None]:
 
 def _follow(config: Config, stop: threading.Event) -> None:
     path = RunDirectory(config).metrics
-    say(f"training: starting {config.cluster.workers} workers")
+    sizes = config.world_sizes
+    say(f"training: starting {sizes[0] if len(sizes) == 1 else f'{sizes[0]} to {sizes[-1]}'} workers")
     before = step = _last_logged(path)[0]
     # The bar appears with the first figures, so that its rate is not that of the start.
     while step <= before:

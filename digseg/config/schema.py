@@ -57,16 +57,36 @@ class ClusterConfig(Section):
     """Who runs the training: Ray Train (``ray``) or this process alone (``local``)."""
 
     backend: Literal["ray", "local"] = "ray"
-    workers: Positive = 2
+    # training processes; [min, max]: as many as there is room for, more or fewer as machines come and go
+    workers: Positive | tuple[Positive, Positive] = 2
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     address: str | None = None  # of a running cluster; None: the one this process is in, else a local one
+    resize_interval_s: Annotated[float, Field(gt=0)] = 60.0  # how often a range of workers is fitted to the room
     max_failures: NonNegative = 3  # restarts of the worker group after a worker or node is lost
+
+    @model_validator(mode="after")
+    def _range_is_one(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(
+                f"workers: got [{self.min_workers}, {self.max_workers}]; the first must not exceed the second"
+            )
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest training processes under Ray."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most training processes under Ray."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def world_size(self) -> int:
-        """Number of training processes."""
-        return self.workers if self.backend == "ray" else 1
+        """Number of training processes, if there is room for all."""
+        return self.max_workers if self.backend == "ray" else 1
 
 
 class SampleCorporaConfig(Section):
@@ -282,7 +302,7 @@ class TrainingConfig(Section):
 
     steps: Positive
     global_batch_size: Positive = 8
-    micro_batch_size: Positive | None = None  # per process; None: global_batch_size / world size
+    micro_batch_size: Positive | None = None  # at most this many samples at a time in a process; the rest accumulates
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -339,20 +359,21 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """Numbers of training processes within ``cluster.workers`` that share the global batch evenly, ascending."""
+        least = min(self.cluster.min_workers, self.cluster.world_size)
+        sizes = range(least, self.cluster.world_size + 1)
+        return tuple(size for size in sizes if self.training.global_batch_size % size == 0)
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        training, world = self.training, self.cluster.world_size
-        if training.global_batch_size % world:
-            sizes = [n for n in range(1, training.global_batch_size + 1) if training.global_batch_size % n == 0]
+        if not self.world_sizes:
+            total, cluster = self.training.global_batch_size, self.cluster
+            sizes = [n for n in range(1, total + 1) if total % n == 0]
             raise ValueError(
-                f"training.global_batch_size ({training.global_batch_size}) does not divide over "
-                f"{world} workers (cluster.workers); possible numbers of workers: {sizes}"
-            )
-        per_rank = training.global_batch_size // world
-        if training.micro_batch_size is not None and per_rank % training.micro_batch_size:
-            raise ValueError(
-                f"training.micro_batch_size ({training.micro_batch_size}) does not divide the "
-                f"{per_rank} samples that each of {world} workers has per step"
+                f"training.global_batch_size ({total}) does not divide over {cluster.workers} workers "
+                f"(cluster.workers); possible numbers of workers: {sizes}"
             )
         if self.model.autoencoder.type == "shuffle":
             multiple = self.model.autoencoder.factor * 2 ** (len(self.model.unet.block_out_channels) - 1)

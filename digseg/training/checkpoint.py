@@ -18,7 +18,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,22 @@ class CheckpointStore:
         if steps and self._world.is_main:
             say(f"no intact checkpoint is left in {self._root}: training starts from the beginning")
         return None
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A directory that all ranks see, for what is computed from a checkpoint; gone afterwards.
+
+        Where a process dies meanwhile, the next save removes it.
+        """
+        directory = self._root / f"{_PARTIAL}scratch"
+        if self._world.is_main:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+        self._world.barrier()
+        yield directory
+        self._world.barrier()
+        if self._world.is_main:
+            shutil.rmtree(directory)
 
     def _sums(self, directory: Path) -> dict[str, dict[str, Any]]:
         """Size and sha256 of every file; each rank reads its part of them and makes them durable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,26 +62,28 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int, on_gp
 def micro_batches(config: Config, world_size: int) -> tuple[int, int]:
     """Micro-batch size per process and the number of micro-batches per step.
 
+    The micro-batch is the largest that ``training.micro_batch_size`` allows and that divides a process' part,
+    whichever of the run's world sizes it is: the objective averages over the labelled pixels of a micro-batch, so
+    its value would else depend on the number of processes.
+
     Raises:
-        DigSegError: ``world_size`` processes cannot share the global batch, or the micro-batch its part.
+        DigSegError: ``world_size`` processes cannot share the global batch.
     """
     training = config.training
     total = training.global_batch_size
     if total % world_size:
-        fitting = [size for size in range(1, total + 1) if total % size == 0]
         raise DigSegError(
             f"training.global_batch_size: {total} samples cannot be divided over {world_size} processes; "
-            f"numbers of processes that can: {', '.join(map(str, fitting))}"
+            f"numbers of processes that can: {', '.join(map(str, _divisors(total)))}"
         )
-    share = total // world_size
-    micro_batch_size = training.micro_batch_size or share
-    if share % micro_batch_size:
-        fitting = [size for size in range(1, share + 1) if share % size == 0]
-        raise DigSegError(
-            f"training.micro_batch_size: {micro_batch_size} does not divide the {share} samples that each of "
-            f"{world_size} processes has per step; sizes that do: {', '.join(map(str, fitting))}"
-        )
-    return micro_batch_size, share // micro_batch_size
+    common = math.gcd(*(total // size for size in (world_size, *config.world_sizes)))
+    most = training.micro_batch_size or common
+    micro_batch_size = max(divisor for divisor in _divisors(common) if divisor <= most)
+    return micro_batch_size, total // world_size // micro_batch_size
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _refuse_derived(expert: Mapping[str, Any], prefix: str = "") -> None:

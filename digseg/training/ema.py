@@ -42,6 +42,14 @@ class WeightAverage:
         return {"updates": self._updates, **shares_state(self._average)}
 
     @torch.no_grad()
+    def load_whole(self, weights: Mapping[str, Tensor], updates: int) -> None:
+        """Go on from the whole average (:func:`merged_weights`), whatever world saved it."""
+        self._updates = updates
+        for name, share in self._average.items():
+            start, size = share.offset, share.values.numel()
+            share.values.copy_(weights[name].view(-1)[start : start + size])
+
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that the same rank of the same world saved."""
         self._updates = state["updates"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
+    from deepspeed.checkpoint import ds_to_universal
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 _TAG = "deepspeed"  # sub-directory of a checkpoint that holds DeepSpeed's own files
 
 
@@ -105,18 +111,120 @@ class Engine:
         if path is None:
             raise DigSegError(f"{directory / _TAG}: DeepSpeed finds no checkpoint there")
 
+    def load_converted(self, directory: Path) -> None:
+        """Restore what :func:`convert` made of another world size or ZeRO stage, both stages 1 to 3.
+
+        Every rank reads the parameters one by one and keeps its part. (DeepSpeed's own way in refuses worlds whose
+        padding differs from the saved one's.)
+        """
+        names = {parameter: name for name, parameter in self._deepspeed.module.named_parameters()}
+        pieces = _pieces_of_stage_3 if self._stage == 3 else _pieces_of_stages_1_and_2
+        for flat, offset, parameter, piece in pieces(self._deepspeed.optimizer, self._world.rank):
+            folder = directory / "zero" / names[parameter]
+            state = self._state_of(flat)
+            for key, target in (("fp32", flat), *((key, state[key]) for key in _MOMENTS)):
+                values = piece(_universal(folder / f"{key}.pt"))
+                target.data[offset : offset + values.numel()].copy_(values)
+            self._set_weight(parameter, piece, _universal(folder / "fp32.pt"))
+        if self._stage == 3:
+            # Small parameters stay whole on every rank.
+            kept = self._deepspeed.optimizer.persistent_parameters
+            if kept:
+                kept[0].partition(kept)
+                kept[0].all_gather(kept)
+
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs besides the files of :meth:`save`: the loss scale of float16."""
-        return {} if self._loss_scale is None else {"loss_scale": self._loss_scale.state_dict()}
+        """What a run needs besides the files of :meth:`save`: Adam's count of steps, the loss scale of float16."""
+        counts = [float(state["step"]) for state in self._optimizer.state.values()]
+        state: dict[str, Any] = {"optimizer_steps": max(counts, default=0.0)}
+        return state if self._loss_scale is None else {**state, "loss_scale": self._loss_scale.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved :meth:`state_dict`."""
+        """Go on from a saved :meth:`state_dict`, after the files were loaded."""
+        for moments in self._optimizer.state.values():
+            moments["step"].fill_(state["optimizer_steps"])
         if self._loss_scale is not None and "loss_scale" in state:
             self._loss_scale.load_state_dict(state["loss_scale"])
 
     def close(self) -> None:
         """Let go of hooks and buffers."""
         self._deepspeed.destroy()
+
+    def _state_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """Adam's state of a flat parameter, made where no step was taken yet."""
+        state: dict[str, Tensor] = self._optimizer.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state |= {key: torch.zeros_like(flat) for key in _MOMENTS}
+        return state
+
+    def _set_weight(self, parameter: Any, piece: Callable[[Tensor], Tensor], whole: Tensor) -> None:
+        if self._stage == 3:
+            parameter.ds_tensor.data.copy_(piece(whole))
+        else:
+            parameter.data.copy_(whole.view_as(parameter))
+
+
+def convert(directory: Path, target: Path) -> None:
+    """Turn what :meth:`Engine.save` wrote, with a ZeRO stage from 1 to 3, into whole parameters below ``target``.
+
+    ``target/zero/<parameter>/`` holds the weights and both moments of Adam: DeepSpeed's universal format.
+
+    Raises:
+        DigSegError: DeepSpeed cannot read the checkpoint.
+    """
+    options = argparse.Namespace(
+        input_folder=str(directory / _TAG),
+        output_folder=str(target),
+        # One process: the caller has threads, and a fork of it may hang.
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    talk = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
+            ds_to_universal.main(options)
+    except (AssertionError, RuntimeError, KeyError, ValueError) as error:
+        raise DigSegError(f"{directory}: DeepSpeed cannot convert the checkpoint: {error}") from error
+
+
+# A piece of a parameter: its place in a flat tensor of this rank, and how to cut it out of the whole.
+_Piece = tuple[Tensor, int, nn.Parameter, "Callable[[Tensor], Tensor]"]
+
+
+def _pieces_of_stages_1_and_2(optimizer: Any, rank: int) -> Iterator[_Piece]:
+    for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # another rank's; but its weight is everybody's
+                yield flat, 0, parameter, partial(_cut, start=0, size=0)
+                continue
+            own, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield flat, place.start, parameter, partial(_cut, start=own.start, size=own.numel)
+
+
+def _pieces_of_stage_3(optimizer: Any, rank: int) -> Iterator[_Piece]:
+    for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        offset = 0
+        for parameter in group:
+            size = parameter.partition_numel()
+            yield flat, offset, parameter, partial(_cut, start=rank * size, size=size)
+            offset += size
+
+
+def _cut(whole: Tensor, start: int, size: int) -> Tensor:
+    """``size`` entries from ``start`` on, with zeros where the last rank's part is padded."""
+    part = whole[start : start + size]
+    return nn.functional.pad(part, (0, size - part.numel()))
+
+
+def _universal(file: Path) -> Tensor:
+    content = torch.load(file, mmap=True, weights_only=True)
+    tensor: Tensor = content["param"] if isinstance(content, dict) else content
+    return tensor.reshape(-1)
 
 
 def _initialised(

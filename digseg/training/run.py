@@ -93,7 +93,7 @@ def check_run(config: Config, world_size: int) -> None:
 
     Raises:
         DigSegError: shards are missing, ``world_size`` processes cannot share a batch, ``training.deepspeed``
-            sets a derived key, or the run of this name has checkpoints of another layout.
+            sets a derived key, or the run of this name has checkpoints that cannot be converted.
     """
     for corpus in config.data.corpora:
         load_manifest(config.data.root, corpus.name, corpus.split)
@@ -101,23 +101,23 @@ def check_run(config: Config, world_size: int) -> None:
     directory = RunDirectory(config)
     state = published_state(directory.checkpoints)
     if state is not None:
-        check_same_layout(state, world_size, config)
+        check_layout(state, config)
 
 
-def check_same_layout(state: Mapping[str, Any], world_size: int, config: Config) -> None:
-    """Refuse a checkpoint of another number of processes or ZeRO stage.
+def check_layout(state: Mapping[str, Any], config: Config) -> None:
+    """Refuse a checkpoint whose optimizer state cannot be brought to the ZeRO stage that is asked for.
+
+    Any world size goes on from any other, and stages 1 to 3 from one another.
 
     Raises:
-        DigSegError: the layout differs; the text says how to go on.
+        DigSegError: one of the stages is 0, which DeepSpeed does not convert; the text says how to go on.
     """
-    saved = (state["world_size"], state["zero_stage"])
-    stage = config.training.zero_stage
-    if saved != (world_size, stage):
+    saved, stage = state["zero_stage"], config.training.zero_stage
+    if saved != stage and 0 in (saved, stage):
         raise DigSegError(
             f"run {config.run.name!r} in {config.run.storage}: the checkpoint of step {state['step']} was written "
-            f"by {saved[0]} processes with ZeRO stage {saved[1]}, but {world_size} with stage {stage} are to go "
-            f"on; continue with cluster.workers={saved[0]} training.zero_stage={saved[1]}, or start anew under "
-            "another run.name"
+            f"with ZeRO stage {saved} and cannot be turned into stage {stage}; continue with "
+            f"training.zero_stage={saved}, or start anew under another run.name"
         )
 
 

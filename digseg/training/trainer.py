@@ -26,13 +26,13 @@ from digseg.model.training_module import SegmenterLoss
 from digseg.training.checkpoint import Checkpoint, CheckpointStore
 from digseg.training.deepspeed_config import micro_batches
 from digseg.training.ema import WeightAverage, merged_weights, shares_state
-from digseg.training.engine import Engine
+from digseg.training.engine import Engine, convert
 from digseg.training.logging import MetricsFile, NullLogger, RunLogger, read_metrics
 from digseg.training.run import (
     RunDirectory,
     TrainingResult,
     check_continues,
-    check_same_layout,
+    check_layout,
     finished_result,
     summarise,
 )
@@ -141,9 +141,8 @@ class Trainer:
         if checkpoint is not None:
             check_continues(checkpoint.state, self.config)
             self._check_same_data(checkpoint)
-            check_same_layout(checkpoint.state, self.world.world_size, self.config)
-            self.engine.load(checkpoint.path)
-            self._restore_rank(torch.load(_rank_file(checkpoint.path, self.world.rank), weights_only=True))
+            check_layout(checkpoint.state, self.config)
+            self._restore(checkpoint)
             known = checkpoint.state.get("unreadable", [])
             self._unreadable = UnreadableSamples(self.world, self.config.data.max_corrupt, known)
             step = checkpoint.step
@@ -169,6 +168,26 @@ class Trainer:
         self._checkpoint = self._store.save(step, write, state)
         self._window.leave_out(time.perf_counter() - began)
 
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        path, world_size, stage = checkpoint.path, checkpoint.state["world_size"], checkpoint.state["zero_stage"]
+        if (world_size, stage) == (self.world.world_size, self.config.training.zero_stage):
+            self.engine.load(path)
+            self._restore_rank(_load(_rank_file(path, self.world.rank)))
+            return
+        self._say(
+            f"converting the checkpoint of {world_size} processes with ZeRO stage {stage} for "
+            f"{self.world.world_size} with stage {self.config.training.zero_stage}"
+        )
+        if stage == 0:
+            self.engine.load(path)  # every rank has everything
+        else:
+            with self._store.scratch() as scratch:
+                if self.world.is_main:
+                    convert(path, scratch)
+                self.world.barrier()
+                self.engine.load_converted(scratch)
+        self._restore_other_world([_load(_rank_file(path, rank)) for rank in range(world_size)])
+
     def _rank_state(self) -> dict[str, Any]:
         shares = shares_state(self.engine.shares()) if self.average is None else self.average.state_dict()
         # The trainer draws nothing; a module with dropout would.
@@ -189,6 +208,16 @@ class Trainer:
         self._window.load_state_dict(state["window"])
         self.engine.load_state_dict(state["engine"])
         torch.set_rng_state(state["rng"])
+
+    def _restore_other_world(self, states: list[dict[str, Any]]) -> None:
+        weights = [state["weights"] for state in states]
+        if self.average is not None:
+            if "updates" in weights[0]:
+                self.average.load_whole(merged_weights(weights), weights[0]["updates"])
+            else:
+                self.average = WeightAverage(self.engine.shares(), self.config.training.ema.decay)
+        self._window.load_of_other_world([state["window"] for state in states])
+        self.engine.load_state_dict(states[0]["engine"])
 
     def _log(self, step: int) -> float:
         """Close the window and record its figures; the mean loss. The only host sync of the loop."""
@@ -330,6 +359,11 @@ def _num_cores() -> int:
 def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     parameters = dict(module.named_parameters())
     return ((name, value) for name, value in module.state_dict().items() if name not in parameters)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state
 
 
 def _rank_file(directory: Path, rank: int) -> Path:

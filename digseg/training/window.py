@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,13 @@ class MetricsWindow:
         """Go on with a saved window; its clock starts now."""
         self._losses, self._steps = dict(state["losses"]), state["steps"]
         self._restart_clock()
+
+    def load_of_other_world(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with the windows that the ranks of another world size saved: each rank takes their mean."""
+        losses = {
+            name: torch.stack([state["losses"][name] for state in states]).mean(0) for name in states[0]["losses"]
+        }
+        self.load_state_dict({"losses": losses, "steps": states[0]["steps"]})
 
     def _restart_clock(self) -> None:
         self._start = time.perf_counter()

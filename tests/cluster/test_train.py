@@ -148,7 +148,7 @@ def _config(folder: Path, name: str, **training: Any) -> Config:
     return small_config(
         folder,
         run={"name": name},
-        cluster={"workers": 2},
+        cluster={"workers": [1, 2]},
         training={
             "steps": STEPS,
             "warmup_steps": 3,

@@ -71,7 +71,6 @@ def test_extending_in_a_circle_is_refused(tmp_path: Path) -> None:
         ("training.steps=0", r"training.steps: got 0; .*greater than 0"),
         ("cluster.backend=mpi", r"cluster.backend: got 'mpi'; .*'ray' or 'local'"),
         ("cluster.workers=3", r"global_batch_size \(8\) does not divide over 3 workers.*\[1, 2, 4, 8\]"),
-        ("training.micro_batch_size=3", r"micro_batch_size \(3\) does not divide the 4 samples"),
         ("data.crop_size=100", r"data.crop_size \(100\) must be a multiple of 32"),
         ("data.scale=[2, 1]", r"data: scale: got \[2.0, 1.0\]; the first bound must not exceed"),
         ("data.temperature=0", r"data.temperature: got 0; .*greater than 0"),

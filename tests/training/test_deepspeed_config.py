@@ -27,10 +27,23 @@ def test_a_world_that_cannot_share_the_batch_is_told_the_sizes_that_can(tmp_path
         micro_batches(config, 4)
 
 
-def test_a_micro_batch_that_does_not_fit_is_told_the_sizes_that_do(tmp_path: Path) -> None:
-    config = _config(tmp_path, global_batch_size=12, micro_batch_size=3)
-    with pytest.raises(DigSegError, match=r"micro_batch_size: 3 .* 4 samples .* that do: 1, 2, 4"):
-        micro_batches(config, 3)
+def test_micro_batch_is_the_largest_that_divides_and_is_allowed(tmp_path: Path) -> None:
+    config = _config(tmp_path, global_batch_size=12, micro_batch_size=5)
+    assert [micro_batches(config, world_size) for world_size in (1, 2, 3, 4)] == [(4, 3), (3, 2), (4, 1), (3, 1)]
+
+
+def test_a_range_of_workers_holds_a_number_that_can_share_the_batch(tmp_path: Path) -> None:
+    def config(workers: list[int]) -> Config:
+        return small_config(tmp_path, cluster={"workers": workers}, training={"global_batch_size": 12})
+
+    assert config([2, 7]).world_sizes == (2, 3, 4, 6)
+    # 12 samples over 2, 3, 4 or 6 processes are 6, 4, 3 or 2 each: nothing but 1 divides them all.
+    assert micro_batches(config([2, 7]), 3) == (1, 4)
+    assert [micro_batches(config([1, 3]), world_size) for world_size in (1, 2, 3)] == [(2, 6), (2, 3), (2, 2)]
+    with pytest.raises(ValueError, match=r"\(12\) does not divide over \(7, 11\) workers.*\[1, 2, 3, 4, 6, 12\]"):
+        config([7, 11])
+    with pytest.raises(ValueError, match=r"workers: got \[3, 2\]"):
+        config([3, 2])
 
 
 def test_expert_settings_are_merged_into_the_derived_ones(tmp_path: Path) -> None:

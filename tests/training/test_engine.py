@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from small_world import small_config
 from stand_in import BATCH, CLIPPING, NO_CLIPPING, STEPS, StandIn, batches, plain_loop, training_section
 
@@ -74,7 +73,7 @@ def test_one_process_takes_the_steps_of_a_plain_loop(tmp_path: Path, case: Case)
 @pytest.mark.cluster
 def test_two_processes_take_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
     cases = [*OTHER_ORDER, *BF16_OTHER_ORDER, Case(1, BATCH // 2), Case(3, BATCH // 2)]
-    mp.spawn(_train_rank, (str(tmp_path), cases), nprocs=2)
+    run_ranks(_train_rank, 2, tmp_path, tmp_path, cases)
     for case in cases:
         _assert_equals_plain_loop(tmp_path, case, [torch.load(tmp_path / f"{case}-rank{rank}.pt") for rank in range(2)])
 
@@ -128,13 +127,9 @@ def test_settings_that_deepspeed_refuses_are_the_users_error(tmp_path: Path) -> 
         Engine(StandIn(), config, World())
 
 
-def _train_rank(rank: int, folder: str, cases: list[Case]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    world = World(rank=rank, world_size=2, local_rank=rank, local_world_size=2)
+def _train_rank(world: World, folder: Path, cases: list[Case]) -> None:
     for case in cases:
-        torch.save(_train(Path(folder), world, case), f"{folder}/{case}-rank{rank}.pt")
-    dist.destroy_process_group()
+        torch.save(_train(folder, world, case), folder / f"{case}-rank{world.rank}.pt")
 
 
 def _train(

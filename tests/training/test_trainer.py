@@ -259,16 +259,6 @@ def test_settings_that_do_not_change_the_run_may_change(folder: Path) -> None:
     assert finished_result(Config.model_validate(values)) is not None
 
 
-def test_checkpoint_of_another_layout_is_refused_with_the_way_on(folder: Path) -> None:
-    for config, world_size in ((_config(folder, "whole", zero_stage=2), 1), (_config(folder, "whole"), 2)):
-        with pytest.raises(
-            DigSegError, match=r"by 1 processes with ZeRO stage 1.*cluster\.workers=1 training\.zero_stage=1"
-        ):
-            check_run(config, world_size)
-    with pytest.raises(DigSegError, match="by 1 processes with ZeRO stage 1"):
-        Trainer(_config(folder, "whole", steps=20, zero_stage=2), World()).train()
-
-
 def test_missing_shards_are_found_before_anything_is_started(folder: Path) -> None:
     values = _config(folder, "nowhere").model_dump(mode="json")
     values["data"]["root"] = str(folder / "nowhere")
