@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,9 +64,12 @@ def run_backend(config: Config) -> TrainingResult:
     """Train as ``cluster.backend`` says: with Ray workers, or in this process without importing Ray."""
     if config.cluster.backend == "local":
         from digseg.registry.tracked_training import train_tracked
+        from digseg.training.run import exclusive
         from digseg.training.world import World
 
-        return train_tracked(config, World.from_environment())
+        world = World.from_environment()
+        with exclusive(config) if world.is_main else nullcontext():
+            return train_tracked(config, world)
     from digseg.cluster.train import run_training
 
     return run_training(config)

@@ -28,7 +28,7 @@ from digseg.config import Config
 from digseg.console import progress, say
 from digseg.errors import DigSegError
 from digseg.training.logging import read_metrics
-from digseg.training.run import RunDirectory, TrainingResult, check_run, finished_result
+from digseg.training.run import RunDirectory, TrainingResult, check_run, exclusive, finished_result
 from digseg.training.world import World
 
 _FOLLOW_INTERVAL_S = 0.5
@@ -42,14 +42,15 @@ def run_training(config: Config) -> TrainingResult:
     is given, Ray starts as many as there is room for, and again when the room changes.
 
     Raises:
-        DigSegError: the configuration or the data do not allow it, whichever process found out.
+        DigSegError: the configuration or the data do not allow it, whichever process found out, or a run of
+            this name is being trained.
     """
     finished = finished_result(config)
     if finished is not None:
         say(f"run {config.run.name!r} is finished: all {finished.steps} steps are taken")
         return finished
     check_run(config, config.world_sizes[-1])
-    with ray_session(config.cluster):
+    with exclusive(config), ray_session(config.cluster):
         _fit(config)
     result = finished_result(config)
     assert result is not None  # the workers ended without an error

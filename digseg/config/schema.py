@@ -297,6 +297,15 @@ class EmaConfig(Section):
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
 
 
+class GuardConfig(Section):
+    """When a step is left out, and when the run goes back; non-finite losses and gradients always are."""
+
+    spike_ratio: Annotated[float, Field(gt=1)] = 5.0  # a loss above this many times its running mean is left out ...
+    settle_steps: NonNegative = 50  # ... after this many good steps
+    bad_steps: Positive = 3  # of one logging interval that send the run back to a checkpoint from before them
+    max_rollbacks: NonNegative = 3  # in the life of a process, before the run ends
+
+
 class TrainingConfig(Section):
     """The optimisation."""
 
@@ -315,7 +324,9 @@ class TrainingConfig(Section):
     offload_optimizer: bool = False  # keep the optimizer's state in the CPU's memory; ZeRO 1 to 3
     ema: EmaConfig = EmaConfig()
     checkpoint_every: Positive = 200  # steps
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = 2  # the newest so many
+    keep_every: Positive | None = None  # steps; checkpoints at multiples of this are kept for good
+    guard: GuardConfig = GuardConfig()
     log_every: Positive = 10  # steps
     threads: Positive | None = None  # torch threads per process; None: the node's cores / its processes
     deepspeed: dict[str, Any] = {}  # merged into the derived DeepSpeed JSON

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from digseg.console import say
+from digseg.errors import DigSegError
 from digseg.training.world import World
 
 MANIFEST = "manifest.json"
@@ -44,44 +45,84 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. ``save`` and ``newest_intact`` are collective."""
+    """The checkpoints of one run. ``save`` and ``newest_intact`` are collective.
 
-    def __init__(self, root: Path, world: World, keep: int) -> None:
-        self._root, self._world, self._keep = root, world, keep
+    Args:
+        keep: the newest so many are kept,
+        keep_every: and those of steps that are multiples of this.
+        reached: told the name of each point that a save reaches, after what it names was done; a test of
+            faults strikes there.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        world: World,
+        keep: int,
+        keep_every: int | None = None,
+        reached: Callable[[str], None] = lambda point: None,
+    ) -> None:
+        self._root, self._world, self._keep, self._keep_every = root, world, keep, keep_every
+        self._reached = reached
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Checkpoint:
         """Publish a checkpoint: every rank's ``write(directory)``, then the manifest, then the name.
 
         A process that dies before the last rename leaves only a partial directory, which the next save
         removes.
+
+        Raises:
+            DigSegError: a file cannot be written, for want of space for instance.
         """
         partial, final = self._root / f"{_PARTIAL}{_name(step)}", self._root / _name(step)
-        if self._world.is_main:
-            for stale in self._root.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(stale)
-            partial.mkdir(parents=True)
-            _write_json(partial / STATE, {**state, "step": step, "world_size": self._world.world_size})
-        self._world.barrier()
-        write(partial)
-        self._world.barrier()
-        sums = self._sums(partial)
-        if self._world.is_main:
-            _write_json(partial / MANIFEST, {"step": step, "files": sums})
-            _sync(partial)
-            if final.exists():  # left by a run that was stopped between publishing and going on
-                shutil.rmtree(final)
-            partial.rename(final)
-            _sync(self._root)
-            self._remove_old()
+        try:
+            self._write(partial, write, {**state, "step": step, "world_size": self._world.world_size})
+            sums = self._sums(partial)
+            if self._world.is_main:
+                self._publish(partial, final, {"step": step, "files": sums})
+        except (OSError, RuntimeError) as error:
+            before = [published for published in published_steps(self._root) if published < step]
+            raise DigSegError(
+                f"the checkpoint of step {step} cannot be written to {self._root}: {error}; make room, or point "
+                f"run.storage at another place. Started again, the run goes on from step {max(before, default=0)}"
+            ) from error
         self._world.barrier()
         return _read(final)
 
-    def newest_intact(self) -> Checkpoint | None:
+    def _write(self, partial: Path, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
+        if self._world.is_main:
+            for stale in self._root.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(stale)
+            self._reached("stale directories removed")
+            partial.mkdir(parents=True)
+            _write_json(partial / STATE, state)
+            self._reached("state written")
+        self._world.barrier()
+        write(partial)
+        self._reached("ranks written")
+        self._world.barrier()
+
+    def _publish(self, partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+        self._reached("files synced")
+        _write_json(partial / MANIFEST, manifest)
+        self._reached("manifest written")
+        _sync(partial)
+        if final.exists():  # left by a run that was stopped between publishing and going on
+            self._remove(final)
+        partial.rename(final)
+        self._reached("published")
+        _sync(self._root)
+        self._reached("name synced")
+        self._remove_old()
+
+    def newest_intact(self, until: int | None = None) -> Checkpoint | None:
         """The newest checkpoint whose files all match their sums, or None where there is none.
 
-        Damaged ones are put aside and reported, and the one before is tried.
+        Damaged ones are put aside and reported, and the one before is tried. Those of later steps than
+        ``until`` do not count.
         """
         (steps, *_) = self._world.gather(published_steps(self._root))
+        steps = [step for step in steps if until is None or step <= until]
         for step in reversed(steps):
             path = self._root / _name(step)
             problems = [problem for part in self._world.gather(self._problems(path)) for problem in part]
@@ -93,7 +134,7 @@ class CheckpointStore:
                 path.rename(aside)
                 say(f"checkpoint {path.name} is damaged and put aside: {'; '.join(problems)}")
             self._world.barrier()
-        if steps and self._world.is_main:
+        if steps and until is None and self._world.is_main:
             say(f"no intact checkpoint is left in {self._root}: training starts from the beginning")
         return None
 
@@ -115,7 +156,7 @@ class CheckpointStore:
 
     def _sums(self, directory: Path) -> dict[str, dict[str, Any]]:
         """Size and sha256 of every file; each rank reads its part of them and makes them durable."""
-        paths = sorted(path for path in directory.rglob("*") if path.is_file())
+        paths = _files(directory)
         own: dict[str, dict[str, Any]] = {}
         for path in paths[self._world.rank :: self._world.world_size]:
             _sync(path)
@@ -129,18 +170,32 @@ class CheckpointStore:
     def _problems(self, path: Path) -> list[str]:
         """What is wrong with this rank's part of the files."""
         try:
-            files = json.loads((path / MANIFEST).read_bytes())["files"]
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            files, step = manifest["files"], manifest["step"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             return [f"{MANIFEST} is unreadable ({error})"] if self._world.is_main else []
         names = sorted(files)[self._world.rank :: self._world.world_size]
-        return [problem for name in names if (problem := _file_problem(path / name, name, files[name]))]
+        problems = [problem for name in names if (problem := _file_problem(path / name, name, files[name]))]
+        if self._world.is_main:
+            if path.name != _name(step):
+                problems.append(f"{MANIFEST} is that of step {step}")
+            # DeepSpeed finds its files by their names: one too many would be read as well.
+            strange = {file.relative_to(path).as_posix() for file in _files(path)} - files.keys() - {MANIFEST}
+            problems += [f"{name} is of another checkpoint" for name in sorted(strange)]
+        return problems
 
     def _remove_old(self) -> None:
         for step in published_steps(self._root)[: -self._keep]:
-            # By rename first: what is half removed must not look like a checkpoint.
-            doomed = self._root / f"{_PARTIAL}remove-{_name(step)}"
-            (self._root / _name(step)).rename(doomed)
-            shutil.rmtree(doomed)
+            if not (self._keep_every and step % self._keep_every == 0):
+                self._remove(self._root / _name(step))
+
+    def _remove(self, path: Path) -> None:
+        # By rename first: what is half removed must not look like a checkpoint.
+        doomed = self._root / f"{_PARTIAL}remove-{path.name}"
+        path.rename(doomed)
+        self._reached("old one renamed")
+        shutil.rmtree(doomed)
+        self._reached("old one removed")
 
 
 def published_steps(root: Path) -> list[int]:
@@ -173,6 +228,10 @@ def _name(step: int) -> str:
 def _read(path: Path) -> Checkpoint:
     state = json.loads((path / STATE).read_bytes())
     return Checkpoint(path, state["step"], state, file_sha256(path / MANIFEST))
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
 def _file_problem(path: Path, name: str, entry: Mapping[str, Any]) -> str | None:

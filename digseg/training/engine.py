@@ -53,6 +53,7 @@ class Engine:
         self._stage = config.training.zero_stage
         self._clipping = config.training.gradient_clipping
         self._norm: Tensor | float = float("nan")
+        self._no = self._skipped = torch.tensor(False, device=world.device)
         world.join()
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         size = sum(parameter.numel() for parameter in trainable)
@@ -75,20 +76,32 @@ class Engine:
         self._deepspeed.backward(loss if self._loss_scale is None else self._loss_scale.scaled(loss))
         return {name: value.detach() for name, value in losses.items()}
 
-    def step(self, learning_rate: float) -> None:
-        """Count one micro-batch; after the last of a step, clip and update the weights."""
+    def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
+        """Count one micro-batch; after the last of a step, clip and update the weights.
+
+        Where ``skip`` (a boolean scalar on the device, the same on all ranks) is true, no weight changes.
+        """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
+        skip = self._no if skip is None else skip
         if boundary and self._stage == 0:
             self._norm = nn.utils.clip_grad_norm_(self._deepspeed.module.parameters(), self._clipping)
-            # What the fused AdamW reads of torch.amp.GradScaler: where it is 1, nothing is updated.
-            self._optimizer.found_inf = (~torch.isfinite(self._norm)).float()  # type: ignore[attr-defined]
+            skip = skip | ~torch.isfinite(self._norm)
+        # What the fused AdamW reads of torch.amp.GradScaler: where it is 1, nothing is updated.
+        self._optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         self._deepspeed.step()
-        if boundary and self._stage > 0:
+        if not boundary:
+            return
+        if self._stage > 0:  # which leave out a step themselves if its gradient is not finite
             self._norm = self._deepspeed.get_global_grad_norm()
-        if boundary and self._loss_scale is not None:
+        self._skipped = skip | ~torch.isfinite(torch.as_tensor(self._norm, device=self._world.device))
+        if self._loss_scale is not None:
             self._loss_scale.update(self._norm)
+
+    def was_skipped(self) -> Tensor:
+        """Whether the last step changed no weight: a boolean scalar on the device."""
+        return self._skipped
 
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradient, before clipping. Waits for the device."""

@@ -5,14 +5,19 @@
     <run.storage>/<run.name>/config.yaml      the resolved configuration
                              checkpoints/     see digseg.training.checkpoint
                              metrics.jsonl    the loss curve
+                             skipped.json     steps that are passed over because of their samples, if any
                              model/           the exported model, once all steps are taken
                              result.json      the TrainingResult, once the model is there
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -53,6 +58,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.model = self.path / "model"
+        self.skipped = self.path / "skipped.json"
         self._result = self.path / "result.json"
 
     def write_config(self, config: Config) -> None:
@@ -72,6 +78,33 @@ class RunDirectory:
             return TrainingResult(**json.loads(self._result.read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
+
+
+@contextmanager
+def exclusive(config: Config) -> Iterator[None]:
+    """Hold the run's directory, so that no other process trains a run of this name at the same time.
+
+    The operating system lets go of it when this process ends, however it ends. On a shared file system that holds
+    across machines where it has locks (NFS 4, Lustre with flock).
+
+    Raises:
+        DigSegError: another process holds it; the text says which.
+    """
+    directory = RunDirectory(config)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    with (directory.path / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise DigSegError(
+                f"run {config.run.name!r} in {config.run.storage} is being trained by {lock.read().strip()}; wait for "
+                "it, stop it, or choose another run.name"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
 
 
 def finished_result(config: Config) -> TrainingResult | None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +22,8 @@ from digseg.model.text import build_text_table, load_text_encoder
 from digseg.model.training_module import SegmenterLoss
 from digseg.training.checkpoint import Checkpoint, CheckpointStore
 from digseg.training.deepspeed_config import micro_batches
-from digseg.training.ema import WeightAverage, merged_weights, shares_state
-from digseg.training.engine import Engine, convert
+from digseg.training.engine import Engine
+from digseg.training.guard import BadStep, SkippedSteps, TooManyBadStepsError
 from digseg.training.logging import MetricsFile, NullLogger, RunLogger, read_metrics
 from digseg.training.run import (
     RunDirectory,
@@ -37,8 +34,8 @@ from digseg.training.run import (
     summarise,
 )
 from digseg.training.schedule import learning_rate
+from digseg.training.state import TrainingState, saved_weights
 from digseg.training.unreadable import UnreadableSamples
-from digseg.training.window import MetricsWindow
 from digseg.training.world import World
 
 _SEGMENTER = "segmenter."  # prefix of the segmenter's parameters in SegmenterLoss
@@ -66,13 +63,14 @@ class Trainer:
         self._show_progress = show_progress and world.is_main
         self._metrics_file = MetricsFile(self.directory.metrics)
         self._micro_batch_size, self._num_micro_batches = micro_batches(config, world.world_size)
+        self._furthest = 0  # steps that the progress bar has shown
 
     def train(self) -> TrainingResult:
         """Take all steps that are left, export the model, and return the run's result.
 
         Raises:
-            DigSegError: shards or settings do not allow it, the run of this name was another one, or the
-                loss is no longer finite.
+            DigSegError: shards or settings do not allow it, the run of this name was another one, or losses
+                are not finite or leap up however often the run goes back.
         """
         finished = finished_result(self.config)
         if finished is not None:
@@ -81,31 +79,46 @@ class Trainer:
         self._set_up()
         step = self._resume()
         with self._logged_run(), self._progress(step) as bar:
-            for batch, data_wait_s in self._timed_batches(step):
-                losses = self.train_step(batch, step)
-                step += 1
-                self._window.add(losses, data_wait_s)
-                self._unreadable.add(batch.corrupt)
-                if step == 1 or step % self.config.training.log_every == 0 or self._is_last(step):
-                    bar.note(f"loss {self._log(step):.4f}")
-                bar.advance()
-                if step % self.config.training.checkpoint_every == 0 or self._is_last(step):
-                    self._save(step)
+            while not self._is_last(step):
+                try:
+                    step = self._train_from(step, bar)
+                except TooManyBadStepsError as bad:
+                    step = self._go_back(bad.steps)
             result = self._conclude()
         self.engine.close()
         return result
+
+    def _train_from(self, step: int, bar: ProgressHandle) -> int:
+        """Take the steps from ``step`` on; how many the run has taken then."""
+        config = self.config.training
+        for batch, data_wait_s in self._timed_batches(step):
+            if step not in self._skipped:
+                losses = self.train_step(batch, step)
+                self._state.window.add(losses, self.engine.was_skipped(), data_wait_s)
+                self._unreadable.add(batch.corrupt)
+            step += 1
+            if step == 1 or step % config.log_every == 0 or self._is_last(step):
+                self._log(step, bar)
+            if step > self._furthest:
+                self._furthest = step
+                bar.advance()
+            if step % config.checkpoint_every == 0 or self._is_last(step):
+                self._save(step)
+        return step
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Take optimizer step ``step`` (0-based) with this rank's samples; the mean losses, on the device."""
         rate = learning_rate(step, self.config.training)
         losses: dict[str, Tensor] = {}
-        for micro_batch in batch.split(self._micro_batch_size):
+        for number, micro_batch in enumerate(batch.split(self._micro_batch_size), 1):
             for name, loss in self.forward_backward(micro_batch).items():
                 part = loss / self._num_micro_batches
                 losses[name] = losses[name] + part if name in losses else part
-            self.engine.step(rate)
-        if self.average is not None:
-            self.average.update(self.engine.shares())
+            last = number == self._num_micro_batches
+            self.engine.step(rate, self._state.guard.judge(losses["loss"]) if last else None)
+        self._state.guard.note(step, batch.keys, self.engine.was_skipped())
+        if self._state.average is not None:
+            self._state.average.update(self.engine.shares())
         return losses
 
     def forward_backward(self, micro_batch: Batch) -> dict[str, Tensor]:
@@ -125,116 +138,100 @@ class Trainer:
         self._facts = {"device": _device_name(world.device), "attention_kernel": attention_kernel(segmenter.unet)}
         self._buffers = {name: buffer.clone() for name, buffer in _persistent_buffers(segmenter)}
         self.engine = Engine(SegmenterLoss(segmenter, config, self._text_table.embeddings), config, world)
-        ema = config.training.ema
-        self.average = WeightAverage(self.engine.shares(), ema.decay) if ema.enabled else None
-        self._window = MetricsWindow()
+        self._state = TrainingState(self.engine, config.training, world)
         self._unreadable = UnreadableSamples(world, config.data.max_corrupt)
         if world.is_main:
             self.directory.write_config(config)
-        self._store = CheckpointStore(self.directory.checkpoints, world, config.training.keep_checkpoints)
+        kept = config.training.keep_checkpoints, config.training.keep_every
+        self._store = CheckpointStore(self.directory.checkpoints, world, *kept)
         self._checkpoint: Checkpoint | None = None
+        self._skipped = SkippedSteps(self.directory.skipped)
+        self._rollbacks = 0
 
     def _resume(self) -> int:
         """Restore the newest intact checkpoint; the number of steps already taken."""
-        checkpoint = self._checkpoint = self._store.newest_intact()
+        checkpoint = self._store.newest_intact()
         step = 0
         if checkpoint is not None:
             check_continues(checkpoint.state, self.config)
             self._check_same_data(checkpoint)
             check_layout(checkpoint.state, self.config)
-            self._restore(checkpoint)
-            known = checkpoint.state.get("unreadable", [])
-            self._unreadable = UnreadableSamples(self.world, self.config.data.max_corrupt, known)
-            step = checkpoint.step
+            step = self._restore(checkpoint)
             self._say(f"run {self.config.run.name!r} goes on after step {step}")
+        elif self.world.is_main:
+            self._metrics_file.cut_after(0)
+        self._furthest = step
+        return step
+
+    def _restore(self, checkpoint: Checkpoint) -> int:
+        self._checkpoint = checkpoint
+        self._state.restore(checkpoint, self._store)
+        known = checkpoint.state.get("unreadable", [])
+        self._unreadable = UnreadableSamples(self.world, self.config.data.max_corrupt, known)
         if self.world.is_main:
-            self._metrics_file.cut_after(step)
+            self._metrics_file.cut_after(checkpoint.step)
+        return checkpoint.step
+
+    def _go_back(self, bad: Sequence[BadStep]) -> int:
+        """Restore the newest checkpoint from before bad steps, which are passed over from now on; its step."""
+        first, last = bad[0].step, bad[-1].step
+        self._tell(bad)
+        checkpoint = self._store.newest_intact(until=first)
+        allowed = self.config.training.guard.max_rollbacks
+        if checkpoint is None or self._rollbacks >= allowed:
+            why = (
+                "there is no checkpoint from before"
+                if checkpoint is None
+                else f"going back {allowed} times was in vain"
+            )
+            raise DigSegError(
+                f"the loss or the gradient of {len(bad)} steps from {first + 1} to {last + 1} is not finite or has "
+                f"leapt up, and {why}; lower training.learning_rate (now "
+                f"{self.config.training.learning_rate:g}), lengthen training.warmup_steps, or look at the samples, "
+                f"of which the first is {bad[0].keys[0]}"
+            )
+        self._rollbacks += 1
+        self._skipped.add(bad, write=self.world.is_main)
+        step = self._restore(checkpoint)
+        self._say(f"going back to step {step}; steps {first + 1} to {last + 1} will be passed over")
         return step
 
     def _save(self, step: int) -> None:
         began = time.perf_counter()
         self._unreadable.share()
-
-        def write(directory: Path) -> None:
-            self.engine.save(directory)
-            torch.save(self._rank_state(), _rank_file(directory, self.world.rank))
-
         state = {
             "zero_stage": self.config.training.zero_stage,
             "config": self.config.model_dump(mode="json"),
             "datasets": self._dataset_digests(),
             "unreadable": self._unreadable.keys,
         }
-        self._checkpoint = self._store.save(step, write, state)
-        self._window.leave_out(time.perf_counter() - began)
+        self._checkpoint = self._store.save(step, self._state.save, state)
+        self._state.window.leave_out(time.perf_counter() - began)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        path, world_size, stage = checkpoint.path, checkpoint.state["world_size"], checkpoint.state["zero_stage"]
-        if (world_size, stage) == (self.world.world_size, self.config.training.zero_stage):
-            self.engine.load(path)
-            self._restore_rank(_load(_rank_file(path, self.world.rank)))
+    def _log(self, step: int, bar: ProgressHandle) -> None:
+        """Close the window and record its figures. The only host sync of the loop.
+
+        Raises:
+            TooManyBadStepsError: see :meth:`digseg.training.guard.Guard.close`.
+        """
+        self._tell(self._state.guard.close())
+        if self._state.window.is_empty:  # all its steps are passed over
             return
-        self._say(
-            f"converting the checkpoint of {world_size} processes with ZeRO stage {stage} for "
-            f"{self.world.world_size} with stage {self.config.training.zero_stage}"
-        )
-        if stage == 0:
-            self.engine.load(path)  # every rank has everything
-        else:
-            with self._store.scratch() as scratch:
-                if self.world.is_main:
-                    convert(path, scratch)
-                self.world.barrier()
-                self.engine.load_converted(scratch)
-        self._restore_other_world([_load(_rank_file(path, rank)) for rank in range(world_size)])
-
-    def _rank_state(self) -> dict[str, Any]:
-        shares = shares_state(self.engine.shares()) if self.average is None else self.average.state_dict()
-        # The trainer draws nothing; a module with dropout would.
-        return {
-            "weights": shares,
-            "window": self._window.state_dict(),
-            "engine": self.engine.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
-
-    def _restore_rank(self, state: dict[str, Any]) -> None:
-        # A run may switch averaging on while it goes on: the average then starts from its weights.
-        if self.average is not None:
-            if "updates" in state["weights"]:
-                self.average.load_state_dict(state["weights"])
-            else:
-                self.average = WeightAverage(self.engine.shares(), self.config.training.ema.decay)
-        self._window.load_state_dict(state["window"])
-        self.engine.load_state_dict(state["engine"])
-        torch.set_rng_state(state["rng"])
-
-    def _restore_other_world(self, states: list[dict[str, Any]]) -> None:
-        weights = [state["weights"] for state in states]
-        if self.average is not None:
-            if "updates" in weights[0]:
-                self.average.load_whole(merged_weights(weights), weights[0]["updates"])
-            else:
-                self.average = WeightAverage(self.engine.shares(), self.config.training.ema.decay)
-        self._window.load_of_other_world([state["window"] for state in states])
-        self.engine.load_state_dict(states[0]["engine"])
-
-    def _log(self, step: int) -> float:
-        """Close the window and record its figures; the mean loss. The only host sync of the loop."""
-        figures = self._window.close(self.world, self.config.training.global_batch_size)
+        figures = self._state.window.close(self.world, self.config.training.global_batch_size)
         figures["learning_rate"] = learning_rate(step - 1, self.config.training)
         figures["gradient_norm"] = self.engine.gradient_norm()
         figures["unreadable_samples"] = self._unreadable.share()
-        if not math.isfinite(figures["loss"]):
-            raise DigSegError(
-                f"the loss is {figures['loss']} at step {step}: lower training.learning_rate (now "
-                f"{self.config.training.learning_rate:g}) or lengthen training.warmup_steps; the run goes on "
-                "from its last checkpoint when it is started again"
-            )
         if self.world.is_main:
             self._metrics_file.append(step, figures)
             self.logger.metrics(step, figures)
-        return figures["loss"]
+        bar.note(f"loss {figures['loss']:.4f}")
+
+    def _tell(self, bad: Sequence[BadStep]) -> None:
+        for one in bad:
+            self._say(
+                f"step {one.step + 1} was left out, its loss or gradient being not finite or a spike; its samples: "
+                f"{', '.join(one.keys)}"
+            )
 
     def _conclude(self) -> TrainingResult:
         """Export the weights of the last checkpoint and write the result."""
@@ -259,8 +256,7 @@ class Trainer:
         return finished
 
     def _export(self, checkpoint: Checkpoint) -> None:
-        files = [_rank_file(checkpoint.path, rank) for rank in range(self.world.world_size)]
-        weights = merged_weights(torch.load(file, weights_only=True)["weights"] for file in files)
+        weights = saved_weights(checkpoint)
         state = {name.removeprefix(_SEGMENTER): weight for name, weight in weights.items()}
         metadata = {
             "run": self.config.run.name,
@@ -268,7 +264,7 @@ class Trainer:
             "step": checkpoint.step,
             "checkpoint": str(checkpoint.path),
             "checkpoint_digest": checkpoint.digest,
-            "averaged_weights": self.average is not None,
+            "averaged_weights": self._state.average is not None,
             "datasets": self._dataset_digests(),
             "world_size": self.world.world_size,
             "zero_stage": self.config.training.zero_stage,
@@ -359,12 +355,3 @@ def _num_cores() -> int:
 def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     parameters = dict(module.named_parameters())
     return ((name, value) for name, value in module.state_dict().items() if name not in parameters)
-
-
-def _load(file: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(file, weights_only=True)
-    return state
-
-
-def _rank_file(directory: Path, rank: int) -> Path:
-    return directory / f"rank-{rank:05d}.pt"

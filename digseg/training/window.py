@@ -11,6 +11,8 @@ from torch import Tensor
 
 from digseg.training.world import World
 
+_LEFT_OUT = "steps_left_out"
+
 
 class MetricsWindow:
     """Sums over the steps since figures were last logged.
@@ -25,10 +27,19 @@ class MetricsWindow:
         self._steps = 0
         self._restart_clock()
 
-    def add(self, losses: Mapping[str, Tensor], data_wait_s: float) -> None:
-        """Count one step with its losses (scalars) and the time it waited for data."""
-        for name, loss in losses.items():
-            self._losses[name] = self._losses[name] + loss if name in self._losses else loss
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step was counted yet."""
+        return self._steps == 0
+
+    def add(self, losses: Mapping[str, Tensor], left_out: Tensor, data_wait_s: float) -> None:
+        """Count one step with its losses (scalars) and the time it waited for data.
+
+        The losses of a step that was left out (a boolean scalar on the device) do not count.
+        """
+        figures = {name: torch.where(left_out, 0.0, loss) for name, loss in losses.items()}
+        for name, figure in {**figures, _LEFT_OUT: left_out.float()}.items():
+            self._losses[name] = self._losses[name] + figure if name in self._losses else figure
         self._steps += 1
         self._timed_steps += 1
         self._data_wait_s += data_wait_s
@@ -38,12 +49,16 @@ class MetricsWindow:
         self._start += seconds
 
     def close(self, world: World, global_batch_size: int) -> dict[str, float]:
-        """Mean losses over the window's steps and all ranks, and this rank's rates; starts a new window."""
-        names = sorted(self._losses)
-        sums = torch.stack([self._losses[name].float() for name in names])
-        means = (world.mean(sums) / self._steps).tolist()
+        """Mean losses over the window's steps and all ranks, and this rank's rates; starts a new window.
+
+        The losses are NaN where all steps were left out.
+        """
+        names = sorted(self._losses.keys() - {_LEFT_OUT})
+        sums = world.mean(torch.stack([self._losses[name].float() for name in (*names, _LEFT_OUT)]))
+        *means, left_out = torch.cat([sums[:-1] / (self._steps - sums[-1]), sums[-1:]]).tolist()
         elapsed_s = time.perf_counter() - self._start
         figures = dict(zip(names, means, strict=True))
+        figures[_LEFT_OUT] = left_out
         figures["images_per_second"] = global_batch_size * self._timed_steps / elapsed_s
         figures["step_time_s"] = elapsed_s / self._timed_steps
         figures["data_wait_share"] = self._data_wait_s / elapsed_s

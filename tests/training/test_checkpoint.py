@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from digseg.errors import DigSegError
 from digseg.training.checkpoint import CheckpointStore, published_steps
 from digseg.training.world import World
 
@@ -46,8 +52,10 @@ def test_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:
         (lambda path: (path / "manifest.json").unlink(), "manifest.json is unreadable"),
         (lambda path: _truncate(path / "manifest.json"), "manifest.json is unreadable"),
         (lambda path: _flip(path / "state.json"), "state.json differs from its sha256"),
+        (lambda path: (path / "rank-00001.pt").write_bytes(b"old"), "rank-00001.pt is of another checkpoint"),
+        (lambda path: _replace(path, path.with_name("step-00000005")), "manifest.json is that of step 5"),
     ],
-    ids=["truncated", "flipped", "missing", "no manifest", "half a manifest", "state"],
+    ids=["truncated", "flipped", "missing", "no manifest", "half a manifest", "state", "stale", "misnamed"],
 )
 def test_damaged_checkpoint_is_put_aside_for_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], reason: str
@@ -78,26 +86,61 @@ def test_with_no_intact_checkpoint_left_the_run_starts_anew_and_says_so(
     assert "training starts from the beginning" in capsys.readouterr().out
 
 
-def test_a_save_that_fails_half_way_publishes_nothing_and_the_next_one_succeeds(tmp_path: Path) -> None:
+def test_disk_that_is_full_publishes_nothing_says_so_and_the_next_save_succeeds(tmp_path: Path) -> None:
     store = _store(tmp_path)
     store.save(5, _write, {})
 
-    def write_half(directory: Path) -> None:
-        (directory / "rank-00000.pt").write_bytes(b"half")
-        raise OSError("no space left on device")
+    def write_to_full_disk(directory: Path) -> None:
+        (directory / "rank-00000.pt").symlink_to("/dev/full")
+        torch.save({"weights": torch.zeros(1000)}, directory / "rank-00000.pt")
 
-    with pytest.raises(OSError, match="no space left"):
-        store.save(10, write_half, {})
+    with pytest.raises(DigSegError, match=r"step 10 cannot be written to .*make room.*goes on from step 5"):
+        store.save(10, write_to_full_disk, {})
     assert published_steps(tmp_path) == [5]
     store.save(15, _write, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000015"]
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    store = _store(tmp_path, keep=2)
-    for step in (1, 2, 3, 100000000):
+def test_save_that_is_killed_at_any_point_leaves_an_intact_checkpoint(tmp_path: Path) -> None:
+    points: list[str] = []
+    _save_over_two(tmp_path / "counted", points.append)
+    assert len(points) >= 10
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["digseg.training.checkpoint"])
+    for number, point in enumerate(points):
+        root = tmp_path / str(number)
+        process = context.Process(target=_save_over_two_until_killed, args=(root, number))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, point
+        store = _store(root, keep=2)
+        intact = store.newest_intact()
+        assert intact is not None, point
+        assert intact.step == (15 if published_steps(root)[-1] == 15 else 10), point
+        # The second attempt takes the place of the first only once it is whole.
+        assert published_steps(root)[-1] == 10 or intact.state["attempt"] == (
+            2 if "published" in points[: number + 1] else 1
+        ), point
+        assert {name: (intact.path / name).read_bytes() for name in _CONTENT} == _CONTENT, point
+        store.save(20, _write, {})
+        kept = [f"step-{step:08d}" for step in published_steps(root)]
+        assert kept[-1] == "step-00000020", point
+        assert sorted(path.name for path in root.iterdir()) == kept, point
+
+
+def test_only_the_newest_checkpoints_and_every_nth_step_are_kept(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, World(), keep=2, keep_every=100)
+    for step in (1, 100, 150, 200, 201, 202, 100000000):
         store.save(step, _write, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-100000000"]
+    assert published_steps(tmp_path) == [100, 200, 202, 100000000]
+
+
+def test_checkpoint_from_before_a_step_is_found(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    for step in (5, 10):
+        store.save(step, _write, {})
+    found = [store.newest_intact(until=step) for step in (4, 5, 9, 10)]
+    assert [checkpoint and checkpoint.step for checkpoint in found] == [None, 5, 5, 10]
 
 
 _CONTENT = {"deepspeed/model.pt": bytes(range(256)) * 4, "rank-00000.pt": bytes(1000)}
@@ -112,6 +155,29 @@ def _write(directory: Path) -> None:
         path = directory / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
+
+
+def _save_over_two(root: Path, reached: Callable[[str], None]) -> None:
+    """Checkpoints 5 and 10, then 15 for the second time: all that a save can have to do."""
+    for step in (5, 10, 15):
+        _store(root).save(step, _write, {"attempt": 1})
+    CheckpointStore(root, World(), 2, reached=reached).save(15, _write, {"attempt": 2})
+
+
+def _save_over_two_until_killed(root: Path, number: int) -> None:
+    reached: list[str] = []
+
+    def strike(point: str) -> None:
+        if len(reached) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        reached.append(point)
+
+    _save_over_two(root, strike)
+
+
+def _replace(path: Path, by: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(by, path)
 
 
 def _truncate(path: Path) -> None:

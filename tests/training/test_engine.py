@@ -83,14 +83,21 @@ def test_step_whose_gradient_is_not_finite_changes_nothing(tmp_path: Path, stage
     case = Case(stage, BATCH)
     engine = Engine(StandIn(), case.config(tmp_path), World())
     images, targets = batches()[0]
-    states = []
+    states, skipped = [], []
     for batch in ((images, targets), (images, targets * float("inf")), (images, targets)):
         engine.forward_backward(batch)
         engine.step(0.01)
         weights = shares_state(engine.shares())["shares"]
         states.append(torch.cat([share["values"].clone() for share in weights.values()]))
+        skipped.append(bool(engine.was_skipped()))
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[1], states[2])
+    # One whose gradient is finite, but which is not wanted.
+    engine.forward_backward((images, targets))
+    engine.step(0.01, torch.tensor(True))
+    assert [*skipped, bool(engine.was_skipped())] == [False, True, False, True]
+    weights = shares_state(engine.shares())["shares"]
+    assert torch.equal(states[2], torch.cat([share["values"] for share in weights.values()]))
     engine.close()
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,11 +20,12 @@ from shard_writing import damage_samples
 from small_world import small_config, write_squares
 
 from digseg.config import Config
+from digseg.data.training_data import TrainingSample
 from digseg.errors import DigSegError
 from digseg.model.export import load_model
 from digseg.training.engine import Engine
 from digseg.training.logging import read_metrics
-from digseg.training.run import check_run, finished_result
+from digseg.training.run import check_run, exclusive, finished_result
 from digseg.training.trainer import Trainer
 from digseg.training.world import World
 
@@ -181,19 +187,68 @@ def test_logger_of_a_run_that_goes_on_gets_the_earlier_figures_first(folder: Pat
     assert told == lines
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_tells_the_logger(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_step_with_a_poisoned_sample_is_left_out_and_its_samples_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    key = _train_poisoned(_config(folder, "poisoned"), {4})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "step 5 was left out" in said
+    assert key in said
+    curve = {line["step"]: line for line in read_metrics(folder / "runs/poisoned/metrics.jsonl")}
+    assert [line["steps_left_out"] for line in curve.values()] == [0, 0, 1, 0]
+    assert all(math.isfinite(line["loss"]) for line in curve.values())
+    # The mean is that of the three other steps of the window, whose weights the poisoned one did not touch.
+    assert curve[4]["loss"] == _curve(folder, "whole")[1]["loss"]
+
+
+def test_run_goes_back_to_before_several_bad_steps_and_passes_over_them(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(folder, "went-back")
+    key = _train_poisoned(config, {4, 5, 6})
+    assert "going back to step 3; steps 5 to 7 will be passed over" in " ".join(capsys.readouterr().out.split())
+    skipped = json.loads((folder / "runs/went-back/skipped.json").read_text())
+    assert [entry["step"] for entry in skipped] == [4, 5, 6]
+    assert key in skipped[0]["keys"]
+    lines = read_metrics(folder / "runs/went-back/metrics.jsonl")
+    assert [(line["step"], line["steps_left_out"]) for line in lines] == [(1, 0), (4, 0), (8, 0), (9, 0)]
+    assert finished_result(config) is not None
+
+
+def test_run_whose_samples_are_all_bad_ends_with_an_explanation(folder: Path) -> None:
     recorder = Recorder()
-    forward_backward = Engine.forward_backward
-
-    def spoiled(engine: Engine, batch: Any) -> dict[str, torch.Tensor]:
-        return {name: loss * float("nan") for name, loss in forward_backward(engine, batch).items()}
-
-    monkeypatch.setattr(Engine, "forward_backward", spoiled)
-    with pytest.raises(DigSegError, match=r"the loss is nan at step 1: lower training\.learning_rate"):
-        Trainer(_config(folder, "spoiled"), World(), recorder).train()
+    with pytest.raises(DigSegError, match=r"1 steps from 1 to 1 .*there is no checkpoint from before"):
+        _train_poisoned(_config(folder, "spoiled"), set(range(STEPS)), recorder)
     assert recorder.calls[-1] == ("finish", "failed")
+    limited = _config(folder, "limited", log_every=1, checkpoint_every=1, guard={"max_rollbacks": 2})
+    with pytest.raises(DigSegError, match=r"going back 2 times was in vain; lower training\.learning_rate .*squares/"):
+        _train_poisoned(limited, {3, 4, 5})
+
+
+def test_loss_far_above_its_mean_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward_backward, calls = Engine.forward_backward, []
+
+    def leaping(engine: Engine, batch: Any) -> dict[str, torch.Tensor]:
+        calls.append(batch)
+        factor = 60.0 if len(calls) in (11, 12) else 1.0  # both micro-batches of step 6
+        return {name: loss * factor for name, loss in forward_backward(engine, batch).items()}
+
+    monkeypatch.setattr(Engine, "forward_backward", leaping)
+    Trainer(_config(folder, "leaping", guard={"settle_steps": 3}), World()).train()
+    lines = read_metrics(folder / "runs/leaping/metrics.jsonl")
+    assert [(line["step"], line["steps_left_out"]) for line in lines] == [(1, 0), (4, 0), (8, 1), (9, 0)]
+
+
+def test_second_process_with_a_run_of_the_same_name_is_refused(folder: Path) -> None:
+    config = _config(folder, "held")
+    with (
+        exclusive(config),
+        pytest.raises(DigSegError, match=rf"'held' .* is being trained by process {os.getpid()} on"),
+        exclusive(config),
+    ):
+        pass
+    with exclusive(config):
+        pass
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -301,6 +356,30 @@ def _config(folder: Path, name: str, **training: Any) -> Config:
             **training,
         },
     )
+
+
+def _train_poisoned(config: Config, steps: set[int], logger: Recorder | None = None) -> str:
+    """Train on data whose last sample of each of these steps is not a number; the key of the first of them."""
+    trainer = Trainer(config, World(), logger)
+    set_up, keys = trainer._set_up, {}
+
+    def poison() -> None:
+        set_up()
+        sample = trainer.data.sample
+
+        def poisoned(position: int) -> TrainingSample:
+            found = sample(position)
+            step, place = divmod(position, config.training.global_batch_size)
+            if step not in steps or place != config.training.global_batch_size - 1:
+                return found
+            keys[step] = found.key
+            return replace(found, image=np.full_like(found.image, np.nan))
+
+        trainer.data.sample = poisoned  # type: ignore[method-assign]
+
+    trainer._set_up = poison  # type: ignore[method-assign]
+    trainer.train()
+    return keys[min(steps)]
 
 
 def _train_until_killed(config: Config, step: int) -> None:

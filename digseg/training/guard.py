@@ -1,0 +1,111 @@
+"""Losses that would spoil the weights: found on the device, left out, and undone where they come in numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digseg.config.schema import GuardConfig
+from digseg.training.world import World
+
+_MEMORY = 50  # steps that the running mean of the loss looks back
+
+
+@dataclass(frozen=True, slots=True)
+class BadStep:
+    """A step (0-based) that was left out, and the samples of all ranks in it."""
+
+    step: int
+    keys: tuple[str, ...]
+
+
+class TooManyBadStepsError(Exception):
+    """The guard wants the run to go back to a checkpoint from before these steps."""
+
+    def __init__(self, steps: Sequence[BadStep]) -> None:
+        super().__init__(f"{len(steps)} bad steps")
+        self.steps = steps
+
+
+class Guard:
+    """Tells bad steps from good ones without making the host wait.
+
+    A step is bad if its loss, averaged over all ranks, or its gradient is not finite, or if the loss is more
+    than ``spike_ratio`` times its running mean. Every rank comes to the same verdict.
+    """
+
+    def __init__(self, config: GuardConfig, world: World) -> None:
+        self._config, self._world = config, world
+        self._mean = torch.zeros((), device=world.device)
+        self._good = torch.zeros((), device=world.device)
+        self._open: list[tuple[int, list[str], Tensor]] = []
+
+    def judge(self, loss: Tensor) -> Tensor:
+        """Whether a step of this loss (this rank's) must change no weight: a boolean scalar on the device."""
+        loss = self._world.mean(loss.detach().float().clone())
+        settled = self._good >= self._config.settle_steps
+        bad = ~torch.isfinite(loss) | (settled & (loss > self._config.spike_ratio * self._mean))
+        weight = torch.clamp(1.0 / (self._good + 1.0), min=1.0 / _MEMORY)
+        self._mean = torch.where(bad, self._mean, torch.lerp(self._mean, loss, weight))
+        self._good = self._good + (~bad).float()
+        return bad
+
+    def note(self, step: int, keys: list[str], bad: Tensor) -> None:
+        """Keep the verdict on a step, and this rank's samples in it, until :meth:`close`."""
+        self._open.append((step, keys, bad))
+
+    def close(self) -> list[BadStep]:
+        """The bad steps since the last call. Waits for the device.
+
+        Raises:
+            TooManyBadStepsError: there are ``bad_steps`` of them, or no good one.
+        """
+        noted, self._open = self._open, []
+        if not noted:
+            return []
+        verdicts = torch.stack([bad for _, _, bad in noted]).tolist()
+        found = []
+        for (step, keys, _), bad in zip(noted, verdicts, strict=True):
+            if bad:
+                of_all = tuple(key for part in self._world.gather(keys) for key in part)
+                found.append(BadStep(step, of_all))
+        if len(found) >= self._config.bad_steps or (found and len(found) == len(noted)):
+            raise TooManyBadStepsError(found)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running mean, for a checkpoint."""
+        return {"mean": self._mean, "good": self._good}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a saved running mean; forgets what was not closed."""
+        self._mean, self._good = (state[name].to(self._world.device) for name in ("mean", "good"))
+        self._open = []
+
+
+class SkippedSteps:
+    """The steps of a run that are passed over because of their samples: ``skipped.json`` in its directory.
+
+    Every attempt at the run reads them, so that it passes over the same steps wherever it starts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.entries: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
+
+    def __contains__(self, step: int) -> bool:
+        return any(entry["step"] == step for entry in self.entries)
+
+    def add(self, steps: Iterable[BadStep], write: bool) -> None:
+        """Pass over these steps from now on; one rank writes them down."""
+        self.entries += [{"step": bad.step, "keys": list(bad.keys)} for bad in steps]
+        if write:
+            partial = self._path.with_suffix(".tmp")
+            partial.write_text(json.dumps(self.entries, indent=1) + "\n")
+            partial.replace(self._path)
