@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(config: Config) -> None:
     """Make the shards that are missing, train, and say what came out."""
     # Ray, DeepSpeed and MLflow take seconds to import: a wrong configuration should be told at once.
+    from digseg.training.ledger import ledger_summary
     from digseg.training.logging import read_metrics
     from digseg.training.run import RunDirectory
     from launch.preparation import ensure_shards
@@ -57,6 +58,8 @@ def train(config: Config) -> None:
             say(f"MLflow run:     {run.tracking_uri} is away; the same command again delivers what it lacks")
     say(f"model:          {result.model_dir}")
     say(f"loss:           {result.first_loss:.4f} at step 1, {result.last_loss:.4f} at step {result.steps}")
+    if RunDirectory(config).ledger.exists():  # not of a run that an earlier version finished
+        say(f"time:           {ledger_summary(RunDirectory(config).ledger)}")
     say(f"throughput:     {result.images_per_second:.1f} images/s, {result.world_size} workers")
 
 

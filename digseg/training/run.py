@@ -6,6 +6,8 @@
                              checkpoints/     see digseg.training.checkpoint
                              metrics.jsonl    the loss curve
                              skipped.json     steps that are passed over because of their samples, if any
+                             ledger.json      where the time went
+                             lock             held while the run is trained; written when it was submitted
                              model/           the exported model, once all steps are taken
                              result.json      the TrainingResult, once the model is there
 """
@@ -16,6 +18,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -59,7 +62,13 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.model = self.path / "model"
         self.skipped = self.path / "skipped.json"
+        self.ledger = self.path / "ledger.json"
+        self.lock = self.path / "lock"
         self._result = self.path / "result.json"
+
+    def submitted_at(self) -> float:
+        """When the run was last submitted, by the lock's file (Unix time, s); now where nobody holds runs."""
+        return self.lock.stat().st_mtime if self.lock.exists() else time.time()
 
     def write_config(self, config: Config) -> None:
         """Make the directory and leave the resolved configuration in it."""
@@ -92,7 +101,7 @@ def exclusive(config: Config) -> Iterator[None]:
     """
     directory = RunDirectory(config)
     directory.path.mkdir(parents=True, exist_ok=True)
-    with (directory.path / "lock").open("a+") as lock:
+    with directory.lock.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -24,6 +24,7 @@ from digseg.training.checkpoint import Checkpoint, CheckpointStore
 from digseg.training.deepspeed_config import micro_batches
 from digseg.training.engine import Engine
 from digseg.training.guard import BadStep, SkippedSteps, TooManyBadStepsError
+from digseg.training.ledger import Ledger
 from digseg.training.logging import MetricsFile, NullLogger, RunLogger, read_metrics
 from digseg.training.run import (
     RunDirectory,
@@ -63,6 +64,7 @@ class Trainer:
         self._show_progress = show_progress and world.is_main
         self._metrics_file = MetricsFile(self.directory.metrics)
         self._micro_batch_size, self._num_micro_batches = micro_batches(config, world.world_size)
+        self._ledger = Ledger(self.directory.ledger, self.directory.submitted_at())
         self._furthest = 0  # steps that the progress bar has shown
 
     def train(self) -> TrainingResult:
@@ -78,6 +80,7 @@ class Trainer:
             return finished
         self._set_up()
         step = self._resume()
+        self._enter("start_up")
         with self._logged_run(), self._progress(step) as bar:
             while not self._is_last(step):
                 try:
@@ -96,6 +99,7 @@ class Trainer:
                 losses = self.train_step(batch, step)
                 self._state.window.add(losses, self.engine.was_skipped(), data_wait_s)
                 self._unreadable.add(batch.corrupt)
+            self._ledger.wait(data_wait_s)
             step += 1
             if step == 1 or step % config.log_every == 0 or self._is_last(step):
                 self._log(step, bar)
@@ -161,6 +165,7 @@ class Trainer:
         elif self.world.is_main:
             self._metrics_file.cut_after(0)
         self._furthest = step
+        self._ledger.lose()
         return step
 
     def _restore(self, checkpoint: Checkpoint) -> int:
@@ -191,6 +196,8 @@ class Trainer:
                 f"of which the first is {bad[0].keys[0]}"
             )
         self._rollbacks += 1
+        self._ledger.lap("productive")
+        self._ledger.lose()
         self._skipped.add(bad, write=self.world.is_main)
         step = self._restore(checkpoint)
         self._say(f"going back to step {step}; steps {first + 1} to {last + 1} will be passed over")
@@ -198,6 +205,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         began = time.perf_counter()
+        self._enter("productive")
         self._unreadable.share()
         state = {
             "zero_stage": self.config.training.zero_stage,
@@ -207,6 +215,14 @@ class Trainer:
         }
         self._checkpoint = self._store.save(step, self._state.save, state)
         self._state.window.leave_out(time.perf_counter() - began)
+        self._ledger.keep()
+        self._enter("checkpoint")
+
+    def _enter(self, category: str) -> None:
+        """Count the time since the last entry in the ledger."""
+        self._ledger.lap(category)
+        if self.world.is_main:
+            self._ledger.write()
 
     def _log(self, step: int, bar: ProgressHandle) -> None:
         """Close the window and record its figures. The only host sync of the loop.
@@ -221,6 +237,8 @@ class Trainer:
         figures["learning_rate"] = learning_rate(step - 1, self.config.training)
         figures["gradient_norm"] = self.engine.gradient_norm()
         figures["unreadable_samples"] = self._unreadable.share()
+        self._enter("productive")
+        figures |= self._ledger.figures()
         if self.world.is_main:
             self._metrics_file.append(step, figures)
             self.logger.metrics(step, figures)

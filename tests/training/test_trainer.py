@@ -30,7 +30,7 @@ from digseg.training.trainer import Trainer
 from digseg.training.world import World
 
 STEPS = 9
-_TIMES = ("images_per_second", "step_time_s", "data_wait_share")
+_TIMES = ("images_per_second", "step_time_s", "data_wait_share", "goodput", "ledger.")
 
 
 class Recorder:
@@ -400,4 +400,4 @@ def _train_until_killed(config: Config, step: int) -> None:
 def _curve(folder: Path, name: str) -> list[dict[str, Any]]:
     """The loss curve without what depends on the clock."""
     lines = read_metrics(folder / "runs" / name / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key not in _TIMES} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(_TIMES)} for line in lines]

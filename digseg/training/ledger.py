@@ -1,0 +1,74 @@
+"""Where the wall time of a run went, over all its attempts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_CATEGORIES = ("productive", "start_up", "data_wait", "checkpoint", "lost")
+_REPEATED = ("productive", "data_wait")  # what is done again after a return to a checkpoint
+
+
+class Ledger:
+    """Seconds by category: ``ledger.json`` in the run's directory.
+
+    Every second belongs to one category: the time since the last lap is what a lap counts. ``start_up`` runs
+    from the submission, or after a loss from the last entry, to the first step; the steps that a loss takes
+    with it are ``lost`` as far as they were entered, the rest of that time counts as start-up.
+
+    Args:
+        submitted_at: when this attempt was asked for (Unix time, s).
+        clock: Unix time in s.
+    """
+
+    def __init__(self, path: Path, submitted_at: float, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._clock = path, clock
+        saved = json.loads(path.read_bytes()) if path.exists() else {}
+        self._seconds = {name: saved.get("seconds", {}).get(name, 0.0) for name in _CATEGORIES}
+        self._at_checkpoint = {name: saved.get("at_checkpoint", {}).get(name, 0.0) for name in _REPEATED}
+        self._lap = max(submitted_at, saved.get("entered_at", 0.0))
+        self._waited = 0.0
+
+    def wait(self, seconds: float) -> None:
+        """Take out of the current lap what was waited for data."""
+        self._waited += seconds
+
+    def lap(self, category: str) -> None:
+        """Count the time since the last lap, less the waiting, as ``category``."""
+        now = self._clock()
+        self._seconds[category] += max(0.0, now - self._lap - self._waited)
+        self._seconds["data_wait"] += self._waited
+        self._lap, self._waited = now, 0.0
+
+    def keep(self) -> None:
+        """A checkpoint was written: what was done until now is not lost any more."""
+        self._at_checkpoint = {name: self._seconds[name] for name in _REPEATED}
+
+    def lose(self) -> None:
+        """The run goes on from the last checkpoint: what was done since is lost."""
+        for name in _REPEATED:
+            self._seconds["lost"] += self._seconds[name] - self._at_checkpoint[name]
+            self._seconds[name] = self._at_checkpoint[name]
+
+    def write(self) -> None:
+        """Enter everything in the file."""
+        entry = {"seconds": self._seconds, "at_checkpoint": self._at_checkpoint, "entered_at": self._lap}
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text(json.dumps(entry, indent=1) + "\n")
+        partial.replace(self._path)
+
+    def figures(self) -> dict[str, float]:
+        """Seconds by category, and ``goodput``: the productive share of the whole."""
+        whole = sum(self._seconds.values())
+        goodput = self._seconds["productive"] / whole if whole else 0.0
+        return {"goodput": goodput, **{f"ledger.{name}_s": seconds for name, seconds in self._seconds.items()}}
+
+
+def ledger_summary(path: Path) -> str:
+    """The ledger of a run in one line, ``productive 91 % of 812 s (start_up 20 s, ...)``."""
+    seconds = json.loads(path.read_bytes())["seconds"]
+    whole = sum(seconds.values())
+    rest = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "productive")
+    return f"productive {100 * seconds['productive'] / max(whole, 1e-9):.0f} % of {whole:.0f} s ({rest})"

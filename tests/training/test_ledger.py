@@ -1,0 +1,79 @@
+"""The ledger over losses and restarts, by a clock of the test's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from digseg.training.ledger import Ledger, ledger_summary
+
+
+class Clock:
+    """A clock that goes when it is told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def go(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_every_second_since_the_submission_is_in_one_category(tmp_path: Path) -> None:
+    clock = Clock()
+    ledger = Ledger(tmp_path / "ledger.json", submitted_at=990.0, clock=clock)
+    clock.go(5)
+    ledger.lap("start_up")
+    clock.go(40)
+    ledger.wait(10)
+    ledger.lap("productive")
+    clock.go(3)
+    ledger.lap("checkpoint")
+    ledger.keep()
+    assert ledger.figures() == {
+        "goodput": pytest.approx(30 / 58),
+        "ledger.productive_s": 30,
+        "ledger.start_up_s": 15,
+        "ledger.data_wait_s": 10,
+        "ledger.checkpoint_s": 3,
+        "ledger.lost_s": 0,
+    }
+    ledger.write()
+    assert ledger_summary(tmp_path / "ledger.json").startswith("productive 52 % of 58 s (start_up 15 s, data_wait 10 s")
+
+
+def test_work_since_the_checkpoint_is_lost_with_the_process(tmp_path: Path) -> None:
+    clock = Clock()
+    ledger = Ledger(tmp_path / "ledger.json", submitted_at=1000.0, clock=clock)
+    for seconds in (20, 30):
+        clock.go(seconds)
+        ledger.wait(5)
+        ledger.lap("productive")
+        if seconds == 20:
+            ledger.keep()
+    ledger.write()
+    clock.go(7)  # steps that nobody entered, the loss, and the way back
+    restarted = Ledger(tmp_path / "ledger.json", submitted_at=1000.0, clock=clock)
+    restarted.lap("start_up")
+    restarted.lose()
+    figures = restarted.figures()
+    assert (figures["ledger.productive_s"], figures["ledger.data_wait_s"]) == (15, 5)
+    assert (figures["ledger.lost_s"], figures["ledger.start_up_s"]) == (30, 7)
+    assert sum(value for name, value in figures.items() if name != "goodput") == clock.now - 1000
+
+
+def test_time_between_two_submissions_is_nobodys(tmp_path: Path) -> None:
+    clock = Clock()
+    first = Ledger(tmp_path / "ledger.json", submitted_at=1000.0, clock=clock)
+    clock.go(10)
+    first.lap("productive")
+    first.keep()
+    first.write()
+    clock.go(86400)
+    second = Ledger(tmp_path / "ledger.json", submitted_at=clock.now, clock=clock)
+    clock.go(4)
+    second.lap("start_up")
+    assert second.figures()["goodput"] == pytest.approx(10 / 14)
