@@ -13,7 +13,7 @@ import torch
 
 from data_prep.shard_job import ShardResult, present_shard
 from digseg.config import AutoencoderConfig
-from digseg.data.corpus import CorruptSampleError, ShardedCorpus
+from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, Statistics, split_path
 from digseg.data.hashes import hash_image
 from digseg.data.latents import LatentRecipe, View, as_pixels, draw_views, pack_latents
@@ -93,10 +93,7 @@ def _views(job: LatentJob, statistics: list[Statistics]) -> Iterator[View]:
         raise DigSegError(f"{job.data}/{job.folder} changed while it was encoded; start again")
     first = sum(shard.samples for shard in job.source.shards[: job.number])
     for index in range(first, first + job.shard.samples):
-        try:
-            sample = corpus.read(index, job.recipe.transform.longest_short_side)
-        except CorruptSampleError as error:
-            raise DigSegError(f"{error}; run data_prep/shard.py again to mend the images' shards") from error
+        sample = corpus.must_read(index, job.recipe.transform.longest_short_side)
         name = f"{job.folder}/{sample.key}"
         for view in draw_views(name, sample.image, sample.mask, job.source.ignore_id, job.recipe):
             statistics.append(Statistics.of_mask(view.mask, len(job.source.vocabulary)))

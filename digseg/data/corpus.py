@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import zlib
@@ -156,6 +157,17 @@ class ShardedCorpus:
         """
         return decode_sample(self.stored(index), min_short_side)
 
+    def must_read(self, index: int, min_short_side: int | None = None) -> Sample:
+        """:meth:`read` where no other sample can take the place of a damaged one.
+
+        Raises:
+            DigSegError: the sample is damaged, with what mends it.
+        """
+        try:
+            return self.read(index, min_short_side)
+        except CorruptSampleError as error:
+            raise DigSegError(f"{error}; run {self.manifest.job} again to mend it") from error
+
     def key(self, index: int) -> str:
         """The key of sample ``index``, without reading the sample."""
         shard, number = self._locate(index)
@@ -196,17 +208,16 @@ class ShardedCorpus:
         if shard not in self._indexes:
             entry = self.manifest.shards[shard]
             path = f"{self._folder}/{index_name(entry.name)}"
+            url, hint = self._storage.url(path), f"run {self.manifest.job} again to mend it"
             try:
-                entries = parse_index(self._storage.read(path), self._storage.url(path))
+                content = self._storage.read(path)
             except FileNotFoundError as error:
-                hint = f"run {self.manifest.job} again to mend it"
-                raise DigSegError(f"{self._storage.url(path)} is missing; {hint}") from error
-            if len(entries) != entry.samples:
-                raise DigSegError(
-                    f"{self._storage.url(path)} lists {len(entries)} samples, the manifest says "
-                    f"{entry.samples}; run {self.manifest.job} again to mend it"
-                )
-            self._indexes[shard] = ShardIndex(entries)
+                raise DigSegError(f"{url} is missing; {hint}") from error
+            except OSError as error:
+                raise DigSegError(f"{url} cannot be read: {error}") from error
+            if hashlib.sha256(content).hexdigest() != entry.index_sha256:
+                raise DigSegError(f"{url} is not what the manifest says; {hint}")
+            self._indexes[shard] = ShardIndex(parse_index(content, url))
             if len(self._indexes) > self._open_indexes:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(shard)
@@ -258,5 +269,5 @@ def decode_sample(stored: StoredSample, min_short_side: int | None = None) -> Sa
         )
     except (KeyError, StopIteration) as error:
         raise CorruptSampleError(entry.key, stored.where, "its index line lacks a member") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, EOFError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CorruptSampleError(entry.key, stored.where, f"cannot be decoded ({error})") from error

@@ -14,6 +14,7 @@ views of samples (:mod:`digseg.data.latents`), and each has its latents beside i
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -310,18 +311,23 @@ def parse_header(content: bytes) -> ShardHeader | None:
 def parse_index(content: bytes, where: str) -> list[IndexEntry]:
     """The entries of an idx file; ``where`` names it in errors."""
     try:
-        return [
-            IndexEntry(
-                record["key"],
-                {name: (offset, size) for name, (offset, size) in record["members"].items()},
-                record["start"],
-                record["end"],
-                record["crc32"],
-            )
-            for record in json.loads(b"[%b]" % b",".join(content.splitlines()[1:]))
-        ]
+        return [_entry(record) for record in json.loads(b"[%b]" % b",".join(content.splitlines()[1:]))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DigSegError(f"{where} is damaged ({error}); run data_prep/shard.py again to mend it") from error
+
+
+def _entry(record: dict[str, Any]) -> IndexEntry:
+    """An index line's entry. Raises ValueError, KeyError, TypeError or AttributeError where it is none."""
+    key, start, end, crc32 = record["key"], record["start"], record["end"], record["crc32"]
+    members = {name: (offset, size) for name, (offset, size) in record["members"].items()}
+    if not isinstance(key, str):
+        raise ValueError(f"key is {key!r}, not a string")
+    if any(type(number) is not int for number in (start, end, crc32, *itertools.chain(*members.values()))):
+        raise ValueError(f"places of sample {key!r} are not all whole numbers")
+    places = [(start, end - start), *members.values()]
+    if not all(0 <= start <= offset <= offset + size <= end for offset, size in places):
+        raise ValueError(f"members of sample {key!r} do not lie in bytes {start} to {end}")
+    return IndexEntry(key, members, start, end, crc32)
 
 
 def parse_hashes(content: bytes, where: str) -> list[ImageHashes]:

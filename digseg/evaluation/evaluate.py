@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from digseg.data.corpus import CorruptSampleError, Sample, ShardedCorpus
+from digseg.data.corpus import Sample, ShardedCorpus
 from digseg.errors import DigSegError, nearest
 from digseg.evaluation.tally import Tally
 
@@ -51,7 +51,7 @@ def count_samples(predictor: Segments, corpus: ShardedCorpus, samples: Iterable[
     return Tally.joined(
         (
             Tally.of_image(sample.mask, *answer(predictor, sample, question), num_classes, manifest.ignore_id)
-            for sample in _read(corpus, samples)
+            for sample in map(corpus.must_read, samples)
         ),
         num_classes,
     )
@@ -67,14 +67,6 @@ def answer(predictor: Segments, sample: Sample, question: Question) -> tuple[NDA
         return np.zeros_like(sample.mask), np.zeros(sample.mask.shape, np.float32)
     prediction = predictor.predict(sample.image, [question.names[number] for number in present])
     return present[prediction.mask], prediction.probabilities.max(axis=0)
-
-
-def _read(corpus: ShardedCorpus, samples: Iterable[int]) -> Iterator[Sample]:
-    for index in samples:
-        try:
-            yield corpus.read(index)
-        except CorruptSampleError as error:
-            raise DigSegError(f"{error}; run data_prep/shard.py again to mend it") from error
 
 
 def renamed(vocabulary: Sequence[str], name: str, wording: str) -> tuple[str, ...]:

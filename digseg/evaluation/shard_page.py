@@ -105,7 +105,7 @@ def _leak(root: str | Path, group: DuplicateGroup) -> _Leak:
 
 def _image_of(root: str | Path, member: Member) -> str:
     corpus, _, split = member.split.partition("/")
-    return _data_uri(ShardedCorpus(root, corpus, split).read(member.number).image, "JPEG")
+    return _data_uri(ShardedCorpus(root, corpus, split).must_read(member.number).image, "JPEG")
 
 
 def _view(root: str | Path, manifest: Manifest, samples_per_split: int) -> _SplitView:
@@ -135,7 +135,7 @@ def _view(root: str | Path, manifest: Manifest, samples_per_split: int) -> _Spli
                 strict=True,
             )
         ],
-        sheet=[_picture(corpus.read(number * len(corpus) // shown), manifest) for number in range(shown)],
+        sheet=[_picture(corpus.must_read(number * len(corpus) // shown), manifest) for number in range(shown)],
     )
 
 

@@ -14,7 +14,7 @@ from latent_writing import write_latents
 from shard_writing import data_config, noise_samples, write_split
 
 from digseg.cli import main
-from digseg.data.format import REJECTED_NAME, Manifest, Rejected, hashes_name
+from digseg.data.format import REJECTED_NAME, Manifest, Rejected, hashes_name, parse_index
 from digseg.data.lint import lint_shards
 from digseg.errors import DigSegError
 
@@ -117,11 +117,31 @@ def test_one_changed_byte_in_any_file_is_found(
     assert str(victim) in capsys.readouterr().out
 
 
+def test_any_digit_of_an_index_line_may_be_wrong(latents: Path) -> None:
+    index = latents / "shore/train/shore-train-000000.idx"
+    content = index.read_bytes()
+    first = content.index(b"\n") + 1
+    digits = [at for at in range(first, content.index(b"\n", first)) if content[at : at + 1].isdigit()]
+    for number, at in enumerate(digits):
+        digit = b".e90-"[number % 5 :][:1]
+        index.write_bytes(content[:at] + digit + content[at + 1 :])
+        problems = lint_shards(latents).problems
+        assert (content[at : at + 1] == digit) == (not problems)
+        assert not problems or any("000000." in problem for problem in problems)
+
+
 def test_a_manifest_holds_no_byte_but_what_was_written(root: Path) -> None:
     path = root / "shore/train/manifest.json"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
     (problem,) = lint_shards(root).problems
     assert f"{path} was changed by hand" in problem
+
+
+@pytest.mark.parametrize("start", [2.0, -1, "0", 20, 8])
+def test_index_line_that_points_outside_its_sample_is_damage(start: object) -> None:
+    line = json.dumps({"key": "a", "start": start, "end": 12, "crc32": 1, "members": {"json": [6, 6]}})
+    with pytest.raises(DigSegError, match=r"shore\.idx is damaged"):
+        parse_index(f"header\n{line}\n".encode(), "shore.idx")
 
 
 def test_hashes_of_other_samples_are_named(root: Path) -> None:

@@ -237,3 +237,21 @@ def test_shards_behind_an_fsspec_url_read_alike(root: Path) -> None:
 def test_index_outside_the_corpus_is_refused(root: Path) -> None:
     with pytest.raises(IndexError):
         ShardedCorpus(root, "shore", "train").read(10)
+
+
+def test_index_and_tar_of_another_shard_are_refused(root: Path) -> None:
+    first, second = shards(root)[:2]
+    for path, other in ((first, second), (first.with_suffix(".idx"), second.with_suffix(".idx"))):
+        path.write_bytes(other.read_bytes())
+    corpus = ShardedCorpus(root, "shore", "train")
+    with pytest.raises(DigSegError, match=r"000000\.idx is not what the manifest says; run data_prep/shard\.py again"):
+        corpus.read(0)
+    assert corpus.read(4).key == "k004"
+
+
+def test_index_that_cannot_be_read_is_named(root: Path) -> None:
+    index = shards(root)[0].with_suffix(".idx")
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(DigSegError, match=r"000000\.idx cannot be read: .*directory"):
+        ShardedCorpus(root, "shore", "train").read(0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from latent_writing import write_latents
 from PIL import Image
-from shard_writing import data_config, noise_samples, write_split
+from shard_writing import damage_samples, data_config, noise_samples, write_split
 
 from digseg.cli import main
 from digseg.data.corpus import ShardedCorpus
@@ -96,6 +96,13 @@ def test_page_shows_leaks_side_by_side(root: Path) -> None:
     np.testing.assert_array_equal(left, right)
     distances = {key: np.abs(left - image).mean() for key, (image, _) in samples.items()}
     assert min(distances, key=distances.__getitem__) == "k004"
+
+
+def test_damaged_sample_is_named_with_what_mends_it(root: Path) -> None:
+    damage_samples(root, "shore", [4])
+    with pytest.raises(DigSegError, match=r"'k004' in .*crc32 differs\); run data_prep/shard\.py again to mend it"):
+        main(["shards", "show", str(root), "--out", str(root / "page.html")])
+    assert not (root / "page.html").exists()
 
 
 @pytest.mark.browser
