@@ -134,5 +134,6 @@ class Corpus:
             mask = mask_ids(part, self.spec)
         except BadSample as error:
             return error if ref.box is None else BadSample(f"tile at row {ref.box[1]}, column {ref.box[0]}: {error}")
-        extension = "jpg" if ref.image.suffix.lower() in (".jpg", ".jpeg") else "png"
+        # By what is in the file, not by its name: readers of the shard choose their decoder by the suffix.
+        extension = "jpg" if part.image.format == "JPEG" else "png"
         return SampleContent(image_pixels(part.image, self.spec), mask, part.image_bytes, extension)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
@@ -21,6 +22,16 @@ UInt8Array = npt.NDArray[np.uint8]
 _ORIENTATION = 0x0112
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
 """What PIL raises on damaged files: truncated data, broken chunks."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings pixels of an EXIF orientation upright."""
 
 
 class BadSample(Exception):  # noqa: N818 - the name says what it is about, not what went wrong
@@ -48,13 +59,14 @@ def open_source(image: Path, masks: tuple[Path, ...], spec: CorpusSpec) -> Sourc
     Bytes are kept (not None) of an 8-bit grey or RGB PNG or JPEG that any reader decodes to the same pixels.
 
     Raises:
-        BadSample: a file cannot be read or decoded, or a mask is not of the image's size.
+        BadSample: a file cannot be read or decoded, the EXIF data that tell how to turn it are damaged, or a mask is
+            not of the image's size.
     """
     picture, data = _open(image, "image")
     orientation = _orientation(picture)
     keep = orientation == 1 and spec.channel_order == "rgb" and _plain(picture, data)
-    if orientation != 1 and spec.exif.image == "apply":
-        picture = ImageOps.exif_transpose(picture)
+    if spec.exif.image == "apply":
+        picture = _turned(picture, orientation, f"image {image.name}")
     opened = tuple(_mask_image(path, spec, orientation) for path in masks)
     for path, mask in zip(masks, opened, strict=True):
         if mask.size != picture.size:
@@ -91,9 +103,19 @@ def _open(path: Path, what: str) -> tuple[Image.Image, bytes]:
     return image, data
 
 
-def _orientation(image: Image.Image) -> int:
-    value = image.getexif().get(_ORIENTATION, 1)
+def _orientation(image: Image.Image) -> int | None:
+    """1..8; None where the EXIF data are damaged."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (*_DECODING_ERRORS, struct.error):
+        return None
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _turned(image: Image.Image, orientation: int | None, what: str) -> Image.Image:
+    if orientation is None:
+        raise BadSample(f"{what} has damaged EXIF data: mend or remove them, or set `exif` to ignore for the corpus")
+    return image if orientation == 1 else image.transpose(_TURNS[orientation])
 
 
 def _plain(image: Image.Image, data: bytes) -> bool:
@@ -103,17 +125,14 @@ def _plain(image: Image.Image, data: bytes) -> bool:
     return image.format in ("PNG", "JPEG") and bits_per_channel == 8
 
 
-def _mask_image(path: Path, spec: CorpusSpec, image_orientation: int) -> Image.Image:
+def _mask_image(path: Path, spec: CorpusSpec, image_orientation: int | None) -> Image.Image:
     if isinstance(spec.label, MatlabLabel):
         return _matrix_image(path, spec.label.variable)
     image, _ = _open(path, "mask")
-    if spec.exif.mask == "as_image" and image_orientation != 1:
-        exif = image.getexif()
-        exif[_ORIENTATION] = image_orientation
-        image.info.pop("exif", None)
-        return ImageOps.exif_transpose(image)
-    if spec.exif.mask == "own" and _orientation(image) != 1:
-        return ImageOps.exif_transpose(image)
+    if spec.exif.mask == "as_image":
+        return _turned(image, image_orientation, f"the image of mask {path.name}")
+    if spec.exif.mask == "own":
+        return _turned(image, _orientation(image), f"mask {path.name}")
     return image
 
 

@@ -30,6 +30,13 @@ def save(path: Path, pixels: ArrayLike, mode: str | None = None, orientation: in
     return path
 
 
+def spoil_exif(path: Path, block: bytes) -> Path:
+    """Write a JPEG anew whose EXIF block holds ``block``; its resolution stands in the JFIF header."""
+    with Image.open(path) as image:
+        image.save(path, "JPEG", quality=95, dpi=(72, 72), exif=b"Exif\0\0" + block)
+    return path
+
+
 def photo(height: int = 4, width: int = 6, seed: int = 0) -> np.ndarray:
     """Random RGB pixels uint8 [H, W, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

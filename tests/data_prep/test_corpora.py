@@ -11,7 +11,7 @@ import yaml
 from corpus_files import ids, keys, photo, save
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_prep.corpora import BadSample, Corpus, corpus_names, load_corpus
 from data_prep.corpora.source import Source, open_source
@@ -217,6 +217,17 @@ def test_exif_orientation_turns_the_image_and_the_mask_only_where_told(tmp_path:
     assert both.mask.tolist() == np.rot90(labels, k=2).tolist()
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_turned_upright(tmp_path: Path, orientation: int) -> None:
+    path = save(tmp_path / "images/a.png", photo(4, 6), orientation=orientation)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    save(tmp_path / "masks/a.png", np.zeros(upright.shape[:2]))
+    describe(tmp_path, splits=2)
+    corpus = load_corpus("folder", tmp_path)
+    np.testing.assert_array_equal(corpus.read(corpus.list("val")[0]).image, upright)
+
+
 def own_description(**changes: object) -> dict[str, object]:
     label: dict[str, object] = {"ignore": [], "other_values": "bad_sample", "dropped_classes": "error"}
     document: dict[str, object] = {
@@ -288,6 +299,14 @@ def test_original_bytes_are_kept_where_any_reader_decodes_them_alike(tmp_path: P
     corpus = own_corpus(tmp_path, label={"reader": "grey", "values": {0: "soil", 1: "crop"}})
     content = corpus.read(corpus.list("val")[0])
     assert (content.image_bytes, content.image_ext) == (path.read_bytes(), "jpg")
+
+
+def test_suffix_of_kept_bytes_is_that_of_their_format_whatever_the_file_is_called(tmp_path: Path) -> None:
+    path = save(tmp_path / "images/a.png", photo(1, 3)).rename(tmp_path / "images/a.jpg")
+    save(tmp_path / "masks/a.png", [[0, 1, 1]])
+    corpus = own_corpus(tmp_path, label={"reader": "grey", "values": {0: "soil", 1: "crop"}})
+    content = corpus.read(corpus.list("val")[0])
+    assert (content.image_bytes, content.image_ext) == (path.read_bytes(), "png")
 
 
 @given(width=st.integers(1, 2000), height=st.integers(1, 2000), size=st.integers(64, 1000))

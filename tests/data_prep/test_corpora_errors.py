@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from corpus_files import photo, save, truncate
+from corpus_files import photo, save, spoil_exif, truncate
+from PIL import Image
 from scipy.io import savemat
 
 from data_prep.corpora import BadSample, Corpus, SampleRef, load_corpus
+from data_prep.corpora.spec import ExifRule
 from digseg.errors import DigSegError
 
 LABELS = np.array([[0, 1, 2, 2]] * 16).repeat(8, axis=1)
@@ -98,6 +101,26 @@ def test_file_that_is_no_image(root: Path) -> None:
 def test_image_beyond_the_decoder_s_limit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
     assert reason(root, "b").startswith("image b.png is too large to decode: Image size (512 pixels) exceeds limit")
+
+
+@pytest.mark.parametrize("block", [b"not a TIFF", b"II*\0", b"II*\0\x08\0\0"])
+def test_damaged_exif_matters_only_where_it_is_applied(root: Path, block: bytes) -> None:
+    (root / "images/train/b.png").unlink()
+    path = spoil_exif(save(root / "images/train/b.jpg", photo(16, 32)), block)
+    assert reason(root, "b") == (
+        "image b.jpg has damaged EXIF data: mend or remove them, or set `exif` to ignore for the corpus"
+    )
+    corpus, ref = listed(root, "b")
+    ignoring = corpus.spec.model_copy(update={"exif": ExifRule(image="ignore", mask="ignore")})
+    content = replace(corpus, spec=ignoring).read(ref)
+    assert content.image_bytes is None  # a reader that turns images may stumble over it
+    np.testing.assert_array_equal(content.image, np.asarray(Image.open(path)))
+
+
+def test_damaged_exif_of_a_mask(root: Path) -> None:
+    (root / "masks/train/b.png").unlink()
+    spoil_exif(save(root / "masks/train/b.jpg", LABELS), b"not a TIFF")
+    assert reason(root, "b").startswith("mask b.jpg has damaged EXIF data")
 
 
 def test_empty_file(root: Path) -> None:

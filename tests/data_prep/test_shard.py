@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_files import save
+from corpus_files import save, spoil_exif
 from PIL import Image
 
 from data_prep.shard import finish_split, plan_split, shard_corpus
@@ -223,18 +223,22 @@ def cut(path: Path) -> None:
 
 
 BAD_SAMPLES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "mask without image": (lambda root: (root / "images/plot1.jpg").unlink(), "no image"),
-    "image without mask": (lambda root: (root / "masks/plot1.png").unlink(), "no mask"),
+    "mask without image": (lambda root: (root / "images/plot1.jpg").unlink(), r"no image images/plot1\.\*"),
+    "image without mask": (lambda root: (root / "masks/plot1.png").unlink(), r"no mask masks/plot1\.\*"),
     "mask of another size": (
         lambda root: Image.fromarray(np.zeros((9, 9), np.uint8)).save(root / "masks/plot1.png"),
-        "size|9",
+        "mask plot1.png is 9 x 9 pixels, the image 32 x 24",
     ),
     "class id outside the vocabulary": (
         lambda root: Image.fromarray(np.full((24, 32), 3, np.uint8)).save(root / "masks/plot1.png"),
-        "3",
+        r"mask plot1.png has class id 3, outside the vocabulary \(first at row 0, column 0, 768 in all\)",
     ),
-    "truncated PNG": (lambda root: cut(root / "masks/plot1.png"), "mask"),
-    "truncated JPEG": (lambda root: cut(root / "images/plot1.jpg"), "image"),
+    "truncated PNG": (lambda root: cut(root / "masks/plot1.png"), "mask plot1.png is damaged or truncated"),
+    "truncated JPEG": (lambda root: cut(root / "images/plot1.jpg"), "image plot1.jpg is damaged or truncated"),
+    "damaged EXIF": (
+        lambda root: spoil_exif(root / "images/plot1.jpg", b"not a TIFF"),
+        "image plot1.jpg has damaged EXIF data",
+    ),
 }
 
 
@@ -249,7 +253,7 @@ def test_bad_sample_is_rejected_with_its_reason_and_the_job_goes_on(
     shard(garden, out)
     found = rejected(out)
     assert set(found) == {"plot1"}
-    assert re.search(reason, found["plot1"]), found
+    assert re.match(reason, found["plot1"]), found
     assert str(tmp_path) not in found["plot1"]
     corpus = ShardedCorpus(out, "garden", "train")
     corpus.verify()
