@@ -105,6 +105,9 @@ def _place(size: int, resized: int, crop: int, rng: np.random.Generator) -> _Pla
     if resized <= crop:
         return _Placement(size, 0, size, int(rng.integers(0, crop - resized + 1)), resized)
     span = size * crop / resized
+    if math.ceil(span) == crop:
+        # A part as long as the crop is never resized: `interpolate` copies such an axis, whatever the scale.
+        span = crop
     return _Placement(size, int(rng.integers(0, math.floor(size - span) + 1)), span, 0, crop)
 
 

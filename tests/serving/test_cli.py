@@ -171,7 +171,7 @@ def test_models_diff_shows_what_differs_only(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert "no difference" in _models(world, capsys, "diff", "models:/digseg/1", "models:/digseg/2")
+    assert "no difference" in _models(world, capsys, "diff", "models:/digseg/1", "models:/digseg/1")
     shutil.copy(world.tracking_uri.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
     store = f"sqlite:///{tmp_path}/mlflow.db"
     config = small_config(

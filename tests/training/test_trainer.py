@@ -7,12 +7,12 @@ import math
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +20,7 @@ from shard_writing import damage_samples
 from small_world import small_config, write_squares
 
 from digseg.config import Config
-from digseg.data.training_data import TrainingSample
+from digseg.data.loader import Batch
 from digseg.errors import DigSegError
 from digseg.model.export import load_model
 from digseg.training.engine import Engine
@@ -271,7 +271,7 @@ def test_no_step_outside_the_logging_interval_waits_for_the_device(
 
 
 class HostReads:
-    """Notes every call that hands a tensor's values to the host, with the step and whether digseg made it."""
+    """Notes the calls by which digseg, in the thread that trains, hands a tensor's values to the host."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.step = 0
@@ -282,7 +282,7 @@ class HostReads:
     def _noting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1).f_globals["__name__"]
-            if self.step and caller.startswith("digseg."):
+            if self.step and caller.startswith("digseg.") and threading.current_thread() is threading.main_thread():
                 self.of_project.append((self.step, name))
             return original(tensor, *args, **kwargs)
 
@@ -359,25 +359,19 @@ def _config(folder: Path, name: str, **training: Any) -> Config:
 
 
 def _train_poisoned(config: Config, steps: set[int], logger: Recorder | None = None) -> str:
-    """Train on data whose last sample of each of these steps is not a number; the key of the first of them."""
+    """Train on batches whose last sample has no finite loss at these steps; the key of the first of them."""
     trainer = Trainer(config, World(), logger)
-    set_up, keys = trainer._set_up, {}
+    train_step, keys = trainer.train_step, {}
 
-    def poison() -> None:
-        set_up()
-        sample = trainer.data.sample
+    def poisoned_step(batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        if step in steps:
+            keys[step] = batch.keys[-1]
+            weights = batch.class_weights.clone()
+            weights[-1] = math.nan
+            batch = replace(batch, class_weights=weights)
+        return train_step(batch, step)
 
-        def poisoned(position: int) -> TrainingSample:
-            found = sample(position)
-            step, place = divmod(position, config.training.global_batch_size)
-            if step not in steps or place != config.training.global_batch_size - 1:
-                return found
-            keys[step] = found.key
-            return replace(found, image=np.full_like(found.image, np.nan))
-
-        trainer.data.sample = poisoned  # type: ignore[method-assign]
-
-    trainer._set_up = poison  # type: ignore[method-assign]
+    trainer.train_step = poisoned_step  # type: ignore[method-assign]
     trainer.train()
     return keys[min(steps)]
 
