@@ -97,13 +97,21 @@ def training_batches(
     They are made ahead of need, by ``data.workers`` processes or a thread.
 
     Raises:
-        DigSegError: the world does not divide the batch.
+        DigSegError: the world does not divide the batch; and, in place of a batch, samples of it cannot be had.
     """
     positions = StepPositions(config.training.global_batch_size, rank, world_size, start_step, steps)
     loader = _loader(data, config, positions)
     # Loader processes work ahead by themselves.
-    batches = iter(loader) if config.data.workers else _ahead(loader, config.data.prefetch)
+    batches = _raised(iter(loader) if config.data.workers else _ahead(loader, config.data.prefetch))
     return batches if config.data.cache_dir is None else _with_shards(batches, data, positions)
+
+
+def _raised(batches: Iterator[Batch | DigSegError]) -> Iterator[Batch]:
+    """The same batches up to an error, which is raised."""
+    for batch in batches:
+        if isinstance(batch, DigSegError):
+            raise batch
+        yield batch
 
 
 def _with_shards(batches: Iterator[Batch], data: TrainingData, positions: StepPositions) -> Iterator[Batch]:
@@ -114,7 +122,7 @@ def _with_shards(batches: Iterator[Batch], data: TrainingData, positions: StepPo
             yield next(batches)
 
 
-def _ahead(batches: Iterable[Batch], number: int) -> Iterator[Batch]:
+def _ahead(batches: Iterable[Batch | DigSegError], number: int) -> Iterator[Batch | DigSegError]:
     """The same batches, up to ``number`` of them made in advance by a thread."""
     iterator = iter(batches)
     thread = ThreadPoolExecutor(1, "batches")
@@ -154,17 +162,23 @@ class StepPositions:
             yield list(range(first, first + share))
 
 
-class _Positions(Dataset[TrainingSample]):
-    """Global positions as a map-style dataset."""
+class _Positions(Dataset[TrainingSample | DigSegError]):
+    """Global positions as a map-style dataset.
+
+    An error is what lies at a position: raised in a loader process, it would arrive with a traceback in its text.
+    """
 
     def __init__(self, data: TrainingData) -> None:
         self._data = data
 
-    def __getitem__(self, position: int) -> TrainingSample:
-        return self._data.sample(position)
+    def __getitem__(self, position: int) -> TrainingSample | DigSegError:
+        try:
+            return self._data.sample(position)
+        except DigSegError as error:
+            return error
 
 
-def _loader(data: TrainingData, config: Config, positions: StepPositions) -> Iterable[Batch]:
+def _loader(data: TrainingData, config: Config, positions: StepPositions) -> Iterable[Batch | DigSegError]:
     workers = config.data.workers
     return DataLoader(
         _Positions(data),
@@ -186,8 +200,16 @@ def _worker_processes() -> ForkServerContext:
     return context
 
 
-def collate(samples: Sequence[TrainingSample], exponent: float, maximum: float) -> Batch:
-    """Samples to a batch, the queries padded to the longest; for the weights see :func:`class_weights`."""
+def collate(found: Sequence[TrainingSample | DigSegError], exponent: float, maximum: float) -> Batch | DigSegError:
+    """Samples to a batch, the queries padded to the longest; for the weights see :func:`class_weights`.
+
+    The first error among them takes the batch's place.
+    """
+    samples = []
+    for sample in found:
+        if isinstance(sample, DigSegError):
+            return sample
+        samples.append(sample)
     size, slots = len(samples), max(len(sample.query.name_ids) for sample in samples)
     query_ids = np.full((size, slots), -1, dtype=np.int64)
     colour_ids = np.zeros((size, slots), dtype=np.int64)

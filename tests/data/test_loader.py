@@ -156,10 +156,13 @@ def test_batches_that_nobody_wants_any_more_end_their_thread(root: Path) -> None
     assert threading.active_count() == before
 
 
-def test_error_in_the_thread_reaches_who_waits_for_the_batch(tmp_path: Path) -> None:
-    run = data_config(damaged_root(tmp_path, 10), [{"name": "shore"}])
-    with pytest.raises(DigSegError, match="10 samples in a row cannot be read"):
+@pytest.mark.cluster
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_in_the_thread_or_a_process_reaches_who_waits_for_the_batch(tmp_path: Path, workers: int) -> None:
+    run = data_config(damaged_root(tmp_path, 10), [{"name": "shore"}], workers=workers)
+    with pytest.raises(DigSegError, match="10 samples in a row cannot be read") as caught:
         batches(run)
+    assert "Traceback" not in str(caught.value)
 
 
 def test_cache_changes_nothing(root: Path) -> None:
