@@ -44,14 +44,17 @@ class ShardCache:
         return self._tar(shard).exists()
 
     def read_range(self, shard: ShardEntry, start: int, end: int) -> bytes | None:
-        """Bytes [start, end) of a shard, None where it is not there."""
+        """Bytes [start, end) of a shard, None where it is not there or its disk fails."""
         try:
             descriptor = os.open(self._tar(shard), os.O_RDONLY)
         except OSError:  # whatever it is: fetch() tells, and the shard is there to be read elsewhere
             return None
         try:
-            os.utime(descriptor)
+            with suppress(OSError):  # another user's file
+                os.utime(descriptor)
             return os.pread(descriptor, end - start, start)
+        except OSError:
+            return None
         finally:
             os.close(descriptor)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from shard_writing import data_config, noise_samples, write_split
 
 from digseg.data.cache import ShardCache
 from digseg.data.corpus import ShardedCorpus
+from digseg.data.format import ShardEntry
 from digseg.data.training_data import TrainingData
 from digseg.errors import DigSegError
 
@@ -157,6 +159,26 @@ def test_unusable_folder_is_named(tmp_path: Path, s3: dict[str, str]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DigSegError, match=r"data\.cache_dir .*/file cannot take s3://"):
         opened(ShardCache(tmp_path / "file", 10**9)).fetch(0)
+
+
+ENTRY = ShardEntry(name="shard.tar", samples=1, bytes=4, sha256="f" * 64, index_sha256="", hashes_sha256="")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may act for another user")
+def test_shard_that_another_user_fetched_is_read() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        (Path(folder) / f"{ENTRY.sha256}.tar").write_bytes(b"data")
+        os.seteuid(65534)
+        try:
+            assert ShardCache(folder, 10).read_range(ENTRY, 1, 3) == b"at"
+        finally:
+            os.seteuid(0)
+
+
+def test_shard_whose_file_opens_but_cannot_be_read_is_left_to_the_store(tmp_path: Path) -> None:
+    (tmp_path / f"{ENTRY.sha256}.tar").mkdir()
+    assert ShardCache(tmp_path, 10).read_range(ENTRY, 1, 3) is None
 
 
 def test_shards_of_this_window_come_before_those_of_the_next_as_far_as_they_fit(
