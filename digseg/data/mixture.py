@@ -72,8 +72,8 @@ def temperature_weights(sizes: Sequence[int], temperature: float) -> list[float]
 class Mixture:
     """Corpora of ``sizes`` samples, mixed by ``weights`` (any positive numbers; 1, 1, 2 means 25, 25, 50 %).
 
-    Weights whose smallest whole-number proportions sum to at most 65536 are met exactly; others to within
-    1/65536.
+    Weights whose smallest whole-number proportions sum to at most 65536 are met exactly; others to within 1/65536,
+    but a corpus of a smaller share than that gets 1/65536, which the largest give.
 
     Raises:
         DigSegError: no corpus, an empty corpus, or a weight that is not a positive number.
@@ -112,7 +112,7 @@ class Mixture:
 
 
 def whole_proportions(weights: Sequence[float]) -> list[int]:
-    """Smallest whole numbers in the proportion of the weights, rounded (none to zero) where too large."""
+    """Smallest whole numbers in the proportion of the weights, rounded to sum to 65536 (none to 0) where larger."""
     # The decimal that was written (0.1), not the nearest binary fraction to it.
     fractions = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(fraction.denominator for fraction in fractions))
@@ -124,9 +124,11 @@ def whole_proportions(weights: Sequence[float]) -> list[int]:
         return counts
     shares = [Fraction(count * MAX_PERIOD, total) for count in counts]
     rounded = [max(1, math.floor(share)) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (math.floor(shares[i]) - shares[i], i))
+    by_remainder = sorted(range(len(shares)), key=lambda i: (rounded[i] - shares[i], i))
     for place in by_remainder[: max(0, MAX_PERIOD - sum(rounded))]:
         rounded[place] += 1
+    for _ in range(sum(rounded) - MAX_PERIOD):
+        rounded[rounded.index(max(rounded))] -= 1
     return rounded
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from digseg.data.mixture import GlobalOrder, Mixture, temperature_weights, whole_proportions
+from digseg.data.mixture import MAX_PERIOD, GlobalOrder, Mixture, temperature_weights, whole_proportions
 from digseg.data.order import WindowedOrder
 from digseg.errors import DigSegError
 
@@ -50,7 +50,22 @@ def test_weights_without_small_proportions_are_rounded_and_none_vanishes() -> No
     counts = whole_proportions([1.0, 1e-9, 0.333333333333])
     assert counts[1] == 1
     assert counts[0] / sum(counts) == pytest.approx(0.75, abs=1e-4)
-    assert sum(counts) <= 65_537
+    assert sum(counts) == MAX_PERIOD
+
+
+@given(
+    tiny=st.lists(st.sampled_from([1e-9, 3e-7, 1.3e-5, 1.5e-5]), min_size=1, max_size=150),
+    others=st.lists(st.floats(0.5, 1.5), min_size=1, max_size=4),
+)
+def test_surplus_of_raised_weights_is_taken_from_the_largest(tiny: list[float], others: list[float]) -> None:
+    weights = [*others, *tiny]
+    counts = whole_proportions(weights)
+    shares = [weight / sum(weights) * MAX_PERIOD for weight in weights]
+    assert sum(counts) == MAX_PERIOD
+    assert min(counts) >= 1
+    for count, share in zip(counts, shares, strict=True):
+        assert count <= share + 1 + 1e-6
+        assert count >= share - 1 - 1e-6 or count >= max(counts) - 1
 
 
 def test_seed_changes_the_table_and_nothing_else_does() -> None:
