@@ -66,6 +66,7 @@ from digseg.data.writer import EncodedSample, ShardWriter, encode_mask
 CORPUS, SPLIT = "drawn", "train"
 HEIGHT, WIDTH, CLASSES, CROP, BATCH = 360, 480, 12, 256, 16
 SAMPLES, SHARDS, MILLION = 1024, 4, 10**6
+WINDOW = 16 * SAMPLES // SHARDS  # what is shuffled together: each opens the indexes of 16 more shards of the million
 LABELS = np.arange(256, dtype=np.uint8)
 Round = Callable[[], float]  # samples a second
 Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # image and labels of a crop
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         corpora = {"million": root / "million", "thousand": root / "thousand"}
         say("training samples/s by the number of samples that are indexed, one process:")
         sides = {name: _sample_round(TrainingData(_config(path, 0).data, seed=0)) for name, path in corpora.items()}
-        grown = _compared(sides, options.rounds, "million")
+        grown = _compared(sides, min(options.rounds, 3), "million")
         say("undecoded samples/s by the number of samples that are indexed, one process:")
         sides = {name: _stored_round(ShardedCorpus(path, CORPUS, SPLIT)) for name, path in corpora.items()}
         raw_grown = _compared(sides, options.rounds, "million")
@@ -176,8 +177,8 @@ def _stored_round(corpus: ShardedCorpus, samples: int = 16384) -> Round:
     return lambda: _rate(samples, stream)
 
 
-def _sample_round(data: TrainingData, samples: int = 320) -> Round:
-    """Training samples at consecutive positions, in this process; each round goes on."""
+def _sample_round(data: TrainingData, samples: int = WINDOW) -> Round:
+    """Training samples at consecutive positions, in this process; each round goes on through another window."""
     stream = (data.sample(position) for position in count())
     return lambda: _rate(samples, stream)
 
@@ -279,8 +280,9 @@ def _config(root: Path, workers: int) -> Config:
 def _draw_corpus(root: Path) -> Manifest:
     random = np.random.default_rng(0)
     pictures = [_picture(random) for _ in range(32)]
-    storage, folder, shards, counts = Storage(root), split_path(CORPUS, SPLIT), [], []
+    storage, folder, shards, totals = Storage(root), split_path(CORPUS, SPLIT), [], []
     for number in range(SHARDS):
+        counts = []
         with ShardWriter(storage, folder, shard_name(CORPUS, SPLIT, number)) as writer:
             for sample in range(SAMPLES // SHARDS):
                 image, mask = (np.roll(a, 7 * sample + number, axis=1) for a in pictures[sample % len(pictures)])
@@ -290,8 +292,9 @@ def _draw_corpus(root: Path) -> Manifest:
                 key = f"{number}-{sample:05d}"
                 encoded = encode_mask(mask, CLASSES)
                 writer.add(EncodedSample(key, jpeg.getvalue(), "jpg", encoded, {}, hash_image(key, image)))
-            shards.append(writer.close("0" * 64, Statistics.merged(counts), [])[1])
-    return _write_manifest(storage, shards, Statistics.merged(counts))
+            totals.append(Statistics.merged(counts))
+            shards.append(writer.close("0" * 64, totals[-1], [])[1])
+    return _write_manifest(storage, shards, Statistics.merged(totals))
 
 
 def _picture(random: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
