@@ -152,7 +152,11 @@ def _show_shards(options: argparse.Namespace) -> None:
 
     from digseg.evaluation.shard_page import shard_page
 
-    options.out.write_text(shard_page(options.root, options.samples), encoding="utf-8")
+    page = shard_page(options.root, options.samples)
+    try:
+        options.out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DigSegError(f"--out {options.out} cannot be written: {error.strerror or error}") from error
     say(f"open {options.out} in a browser")
 
 

@@ -1,8 +1,8 @@
 """Bytes of a sample's members to arrays, by the fastest decoder that is right for them.
 
-JPEGs go to libjpeg-turbo (simplejpeg) and 8-bit grey or RGB PNGs to libspng (pyspng); whatever they refuse (CMYK,
-palettes, 16 bits, files with slight damage) goes to PIL. Which decoder it is follows from the bytes alone, and at full
-size all of them give the same pixels.
+JPEGs go to libjpeg-turbo (simplejpeg), RGB images and grey masks that are 8-bit PNGs to libspng (pyspng); whatever is
+left (CMYK, palettes, grey PNGs as images, 16 bits, files with slight damage) goes to PIL. Which decoder it is follows
+from the bytes alone, and at full size all of them give the same pixels.
 """
 
 from __future__ import annotations

@@ -133,6 +133,11 @@ def test_command_writes_the_page(root: Path, capsys: pytest.CaptureFixture[str])
     assert (root / "page.html").read_text().count("<figure>") == 4
 
 
+def test_file_that_cannot_be_written_is_named(root: Path) -> None:
+    with pytest.raises(DigSegError, match="--out /dev/full cannot be written: No space left on device"):
+        main(["shards", "show", str(root), "--out", "/dev/full"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
