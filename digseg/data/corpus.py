@@ -6,6 +6,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import time
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from digseg.data.latents import Latents, unpack_latents
 from digseg.data.order import WindowedOrder
 from digseg.data.storage import Storage
 from digseg.errors import DigSegError
+
+_RETRY_WAITS_S = (0.2, 1.0, 5.0)
+"""Pauses before a read that failed is tried again: what a store or a network file system refuses for a moment."""
 
 
 class CorruptSampleError(Exception):
@@ -130,11 +134,12 @@ class ShardedCorpus:
         """The undecoded bytes of sample ``index``, with one ranged read.
 
         Raises:
-            CorruptSampleError: the bytes cannot be read, or differ from what was written.
+            CorruptSampleError: the bytes differ from what was written.
+            DigSegError: the shard is gone, or cannot be read now.
         """
         shard, number = self._locate(index)
         entry = self._index(shard).entry(number)
-        return self._cached(shard, entry) or read_stored(self._storage, self._path(shard), entry)
+        return self._cached(shard, entry) or read_stored(self._storage, self._path(shard), entry, self.manifest.job)
 
     def fetch(self, shard: int) -> bool:
         """Bring a shard into the cache, see :meth:`ShardCache.fetch`."""
@@ -233,23 +238,37 @@ class ShardedCorpus:
                 raise DigSegError(f"{self._storage.url(path)} {found}; {hint}")
 
 
-def read_stored(storage: Storage, path: str, entry: IndexEntry) -> StoredSample:
+def read_stored(storage: Storage, path: str, entry: IndexEntry, job: str) -> StoredSample:
     """The bytes of the sample that ``entry`` places in the tar ``path``, compared with their checksum.
 
+    A read that fails is tried again a few times. If it fails still, that is no damage of the sample: one machine may
+    see it and another not, and they would train on different samples.
+
     Raises:
-        CorruptSampleError: the bytes cannot be read, or differ from what was written.
-        DigSegError: the tar is gone.
+        CorruptSampleError: the bytes differ from what was written.
+        DigSegError: the tar is gone (``job`` makes it again), or cannot be read now.
     """
     where = storage.url(path)
     try:
-        content = storage.read_range(path, entry.start, entry.end)
+        content = _read_range(storage, path, entry)
     except FileNotFoundError as error:
-        raise DigSegError(f"{where} is gone; run data_prep/shard.py again to mend it") from error
+        raise DigSegError(f"{where} is gone; run {job} again to mend it") from error
     except OSError as error:
-        raise CorruptSampleError(entry.key, where, f"cannot be read ({error})") from error
+        raise DigSegError(f"sample {entry.key!r} in {where} cannot be read: {error}") from error
     if zlib.crc32(content) != entry.crc32:
         raise CorruptSampleError(entry.key, where, "its bytes are not what was written (crc32 differs)")
     return StoredSample(entry, content, where)
+
+
+def _read_range(storage: Storage, path: str, entry: IndexEntry) -> bytes:
+    for wait_s in _RETRY_WAITS_S:
+        try:
+            return storage.read_range(path, entry.start, entry.end)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(wait_s)
+    return storage.read_range(path, entry.start, entry.end)
 
 
 def decode_sample(stored: StoredSample, min_short_side: int | None = None) -> Sample:

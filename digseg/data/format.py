@@ -211,7 +211,8 @@ def load_manifest(root: str | Path, corpus: str, split: str) -> Manifest:
     """The manifest of a split, its digest checked.
 
     Raises:
-        DigSegError: there are no such shards (with the command that makes them), or the manifest is damaged.
+        DigSegError: there are no such shards (with the command that makes them), or the manifest is damaged or
+            cannot be read.
     """
     storage = Storage(root)
     path = f"{split_path(corpus, split)}/{MANIFEST_NAME}"
@@ -219,6 +220,8 @@ def load_manifest(root: str | Path, corpus: str, split: str) -> Manifest:
         content = storage.read(path)
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(storage, corpus, split) from None
+    except OSError as error:
+        raise DigSegError(f"{storage.url(path)} cannot be read: {error}") from error
     return parse_manifest(content, storage.url(path))
 
 
@@ -233,18 +236,18 @@ def list_manifests(root: str | Path) -> list[Manifest]:
     return [parse_manifest(storage.read(path), storage.url(path)) for path in paths]
 
 
+def inner_folders(storage: Storage) -> list[str]:
+    """The folders two levels below a root, where splits lie, sorted."""
+    return [split_path(corpus, split) for corpus in storage.folders() for split in storage.folders(corpus)]
+
+
 def split_folders(storage: Storage) -> list[str]:
     """Folders below a root that hold a manifest, sorted.
 
     Raises:
         DigSegError: there is none.
     """
-    found = [
-        folder
-        for corpus in storage.folders()
-        for split in storage.folders(corpus)
-        if storage.size(f"{(folder := split_path(corpus, split))}/{MANIFEST_NAME}") is not None
-    ]
+    found = [folder for folder in inner_folders(storage) if storage.size(f"{folder}/{MANIFEST_NAME}") is not None]
     if not found:
         raise DigSegError(f"no shards below {storage.root} (no */*/{MANIFEST_NAME}); {_HOW_TO_MAKE}")
     return found
@@ -367,6 +370,5 @@ _HOW_TO_MAKE = "make them with: python data_prep/shard.py --corpus NAME --root D
 
 
 def _missing(storage: Storage, corpus: str, split: str) -> DigSegError:
-    splits = [f"{name}/{part}" for name in storage.folders() for part in storage.folders(name)]
-    hint = nearest(f"{corpus}/{split}", splits)
+    hint = nearest(f"{corpus}/{split}", inner_folders(storage))
     return DigSegError(f"no shards of corpus {corpus!r}, split {split!r}, below {storage.root}{hint}; {_HOW_TO_MAKE}")

@@ -21,6 +21,7 @@ from digseg.data.format import (
     Statistics,
     hashes_name,
     index_name,
+    inner_folders,
     is_shard_file,
     parse_hashes,
     parse_header,
@@ -51,16 +52,20 @@ def lint_shards(root: str | Path) -> LintReport:
     Checked are the manifest's digest; presence, size and sha256 of every shard, its index and hashes, and of the list
     of rejected samples; the index' agreement with shard and hashes; that every sample's image and mask decode, are of
     one size, and hold no id outside the vocabulary; that views have finite latents, of the right shape, and lie in
-    their order; that no key comes twice; the manifest's statistics; and files of shards that no manifest knows. One
-    sample is in memory at a time, and the hashes of all. Images that come more than once are no problem of the shards;
-    they are found by their hashes alone.
+    their order; that no key comes twice; the manifest's statistics; and files of shards that no manifest knows, or that
+    lie without one. One sample is in memory at a time, and the hashes of all. Images that come more than once are no
+    problem of the shards; they are found by their hashes alone.
 
     Raises:
         DigSegError: there are no shards below the root.
     """
     storage = Storage(root)
     report, finder = LintReport(), DuplicateFinder()
-    for folder in split_folders(storage):
+    folders = split_folders(storage)
+    for folder in inner_folders(storage):
+        if folder not in folders and any(map(is_shard_file, storage.files(folder))):
+            report.problems.append(f"{storage.url(f'{folder}/{MANIFEST_NAME}')} is missing")
+    for folder in folders:
         report.splits += 1
         path = f"{folder}/{MANIFEST_NAME}"
         content = storage.read(path)
@@ -161,8 +166,8 @@ class _Split:
             return f"{name}: another sample of the split has this key too"
         self._keys.add(entry.key)
         try:
-            sample = decode_sample(read_stored(self._storage, tar, entry))
-        except CorruptSampleError as error:
+            sample = decode_sample(read_stored(self._storage, tar, entry, self._manifest.job))
+        except (CorruptSampleError, DigSegError) as error:
             return str(error)
         mask = sample.mask
         if sample.image.shape[:2] != mask.shape:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +61,10 @@ class Storage:
                 with tempfile.TemporaryFile(dir=self._existing()):
                     return
             probe = self.url(f".write-check-{uuid.uuid4().hex[:12]}")
-            self._fs().pipe_file(probe, b"")
-            self._fs().rm_file(probe)
-        except Exception as error:  # every remote file system has errors of its own
+            with self._remotely() as remote:
+                remote.pipe_file(probe, b"")
+                remote.rm_file(probe)
+        except (OSError, DigSegError) as error:
             raise DigSegError(f"{self.root} cannot be written: {error}") from error
 
     def free_bytes(self) -> int | None:
@@ -76,12 +80,14 @@ class Storage:
         """All bytes of a file. Raises FileNotFoundError."""
         if self.is_local:
             return Path(self.url(path)).read_bytes()
-        return bytes(self._fs().cat_file(self.url(path)))
+        with self._remotely() as remote:
+            return bytes(remote.cat_file(self.url(path)))
 
     def read_range(self, path: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file in one request; fewer where the file ends before."""
         if not self.is_local:
-            return bytes(self._fs().cat_file(self.url(path), start=start, end=end))
+            with self._remotely() as remote:
+                return bytes(remote.cat_file(self.url(path), start=start, end=end))
         descriptor = os.open(self.url(path), os.O_RDONLY)
         try:
             return os.pread(descriptor, end - start, start)
@@ -91,7 +97,10 @@ class Storage:
     def size(self, path: str) -> int | None:
         """Bytes of a file, or None where there is no such file."""
         try:
-            return Path(self.url(path)).stat().st_size if self.is_local else int(self._fs().size(self.url(path)))
+            if self.is_local:
+                return Path(self.url(path)).stat().st_size
+            with self._remotely() as remote:
+                return int(remote.size(self.url(path)))
         except FileNotFoundError:
             return None
 
@@ -109,10 +118,11 @@ class Storage:
             entries = sorted(folder.iterdir()) if folder.is_dir() else []
             return [entry.name for entry in entries if entry.is_dir() == (kind == "directory")]
         try:
-            listing = self._fs().ls(self.url(path), detail=True)
+            with self._remotely() as remote:
+                listing = remote.ls(self.url(path), detail=True)
         except FileNotFoundError:
             return []
-        except Exception as error:  # every remote file system has errors of its own
+        except OSError as error:
             raise DigSegError(f"{self.url(path)} cannot be listed: {error}") from error
         return sorted(Path(entry["name"]).name for entry in listing if entry["type"] == kind)
 
@@ -120,8 +130,10 @@ class Storage:
         """Remove a file if it is there."""
         if self.is_local:
             Path(self.url(path)).unlink(missing_ok=True)
-        elif self._fs().exists(self.url(path)):
-            self._fs().rm_file(self.url(path))
+            return
+        with self._remotely() as remote:
+            if remote.exists(self.url(path)):
+                remote.rm_file(self.url(path))
 
     def write(self, path: str, content: bytes) -> None:
         """Publish a file whole: by rename locally, by a single put on an object store."""
@@ -133,13 +145,15 @@ class Storage:
                 temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
-        else:
-            self._fs().pipe_file(self.url(path), content)
+            return
+        with self._remotely() as remote:
+            remote.pipe_file(self.url(path), content)
 
     def publish(self, source: Path, path: str) -> None:
         """Move a finished local file to ``path``: nobody ever sees a part of it. ``source`` is gone after."""
         if not self.is_local:
-            self._fs().put_file(str(source), self.url(path))
+            with self._remotely() as remote:
+                remote.put_file(str(source), self.url(path))
             source.unlink()
             return
         target = Path(self.url(path))
@@ -156,6 +170,16 @@ class Storage:
     def _temporary(target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+
+    @contextmanager
+    def _remotely(self) -> Iterator[Any]:
+        """The remote file system. Every one has errors of its own: those that are no OSError are raised as one."""
+        try:
+            yield self._fs()
+        except (OSError, DigSegError):
+            raise
+        except Exception as error:
+            raise OSError(errno.EIO, str(error)) from error
 
     def _fs(self) -> Any:
         if self._remote_pid != os.getpid():

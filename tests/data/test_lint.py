@@ -117,6 +117,16 @@ def test_one_changed_byte_in_any_file_is_found(
     assert str(victim) in capsys.readouterr().out
 
 
+def test_shards_without_a_manifest_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = root / "shore/val/manifest.json"
+    manifest.unlink()
+    (root / "shore/notes").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        main(["shards", "lint", str(root)])
+    assert stopped.value.code == 1
+    assert lint_shards(root).problems == [f"{manifest} is missing"]
+
+
 def test_any_digit_of_an_index_line_may_be_wrong(latents: Path) -> None:
     index = latents / "shore/train/shore-train-000000.idx"
     content = index.read_bytes()

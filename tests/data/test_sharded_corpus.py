@@ -1,5 +1,8 @@
+import errno
 import hashlib
 import json
+import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -255,3 +258,48 @@ def test_index_that_cannot_be_read_is_named(root: Path) -> None:
     index.mkdir()
     with pytest.raises(DigSegError, match=r"000000\.idx cannot be read: .*directory"):
         ShardedCorpus(root, "shore", "train").read(0)
+
+
+@pytest.mark.parametrize(("failures", "read"), [(2, True), (3, False)])
+def test_read_that_fails_is_tried_again_and_is_no_damage(
+    root: Path, monkeypatch: pytest.MonkeyPatch, failures: int, read: bool
+) -> None:
+    monkeypatch.setattr("digseg.data.corpus._RETRY_WAITS_S", (0.0, 0.0))
+    left = [OSError(errno.EIO, "Input/output error")] * failures
+    pread = os.pread
+
+    def failing(descriptor: int, size: int, offset: int) -> bytes:
+        if left:
+            raise left.pop()
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    corpus = ShardedCorpus(root, "shore", "train")
+    if read:
+        assert corpus.read(4).key == "k004"
+    else:
+        with pytest.raises(DigSegError, match=r"'k004' in .*000001\.tar cannot be read: .*Input/output error"):
+            corpus.read(4)
+
+
+def test_shard_that_vanishes_is_named_with_what_makes_it_again(root: Path) -> None:
+    corpus = ShardedCorpus(root, "shore", "train")
+    shards(root)[1].unlink()
+    with pytest.raises(DigSegError, match=r"000001\.tar is gone; run data_prep/shard\.py again"):
+        corpus.read(4)
+
+
+def test_store_that_nobody_serves_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as bound:  # bound, but nobody listens
+        bound.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{bound.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "somebody")
+        s3 = fsspec.get_filesystem_class("s3")
+        s3.clear_instance_cache()
+        try:
+            with pytest.raises(DigSegError, match=r"s3://away/shore/train/manifest\.json cannot be read: .*endpoint"):
+                ShardedCorpus("s3://away", "shore", "train")
+        finally:
+            s3.clear_instance_cache()
