@@ -172,7 +172,9 @@ def _failure_file(run_directory: Path) -> Path:
 
 
 def _record(failure: Path, error: DigSegError) -> None:
-    """Leave the error for the driver; of several workers' the last is kept (they say the same)."""
+    """Leave the error for the driver; of several workers' the first is kept (the others may follow from it)."""
+    if failure.exists():
+        return
     partial = failure.with_name(f".{failure.name}.{os.getpid()}")
     partial.write_text(json.dumps({"error": str(error)}))
     partial.replace(failure)

@@ -81,6 +81,8 @@ class CheckpointStore:
             if self._world.is_main:
                 self._publish(partial, final, {"step": step, "files": sums})
         except (OSError, RuntimeError) as error:
+            if not _is_of_the_disk(error):
+                raise
             before = [published for published in published_steps(self._root) if published < step]
             raise DigSegError(
                 f"the checkpoint of step {step} cannot be written to {self._root}: {error}; make room, or point "
@@ -228,6 +230,12 @@ def _name(step: int) -> str:
 def _read(path: Path) -> Checkpoint:
     state = json.loads((path / STATE).read_bytes())
     return Checkpoint(path, state["step"], state, file_sha256(path / MANIFEST))
+
+
+def _is_of_the_disk(error: OSError | RuntimeError) -> bool:
+    """Whether a file could not be written; other RuntimeErrors tell of the loss of another rank."""
+    of_torch_save = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    return isinstance(error, OSError) or of_torch_save
 
 
 def _files(directory: Path) -> list[Path]:

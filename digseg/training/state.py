@@ -26,7 +26,7 @@ class TrainingState:
         self._config, self._world = config, world
         self.engine = engine
         self.average = WeightAverage(engine.shares(), config.ema.decay) if config.ema.enabled else None
-        self.window = MetricsWindow()
+        self.window = MetricsWindow(world.device)
         self.guard = Guard(config.guard, world)
 
     def save(self, directory: Path) -> None:
@@ -102,7 +102,7 @@ def saved_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(file, weights_only=True)
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 
 

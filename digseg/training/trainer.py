@@ -201,6 +201,7 @@ class Trainer:
         self._skipped.add(bad, write=self.world.is_main)
         step = self._restore(checkpoint)
         self._say(f"going back to step {step}; steps {first + 1} to {last + 1} will be passed over")
+        self._enter("start_up")
         return step
 
     def _save(self, step: int) -> None:
@@ -345,7 +346,8 @@ class Trainer:
         return nullcontext(_Silent())
 
     def _is_last(self, step: int) -> bool:
-        return step == self.config.training.steps
+        # A run may go on with fewer steps than it has taken.
+        return step >= self.config.training.steps
 
     def _say(self, text: str) -> None:
         if self.world.is_main:

@@ -20,9 +20,13 @@ class MetricsWindow:
     Losses stay tensors until :meth:`close`, which is the only place that waits for the device. The sums
     belong to the checkpoint, so that a curve is the same whether or not the run was interrupted inside a
     window; the times do not.
+
+    Args:
+        device: where the losses are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._losses: dict[str, Tensor] = {}
         self._steps = 0
         self._restart_clock()
@@ -51,7 +55,8 @@ class MetricsWindow:
     def close(self, world: World, global_batch_size: int) -> dict[str, float]:
         """Mean losses over the window's steps and all ranks, and this rank's rates; starts a new window.
 
-        The losses are NaN where all steps were left out.
+        The losses are NaN where all steps were left out; rate and step time are 0 where the steps were all taken
+        before the run was interrupted.
         """
         names = sorted(self._losses.keys() - {_LEFT_OUT})
         sums = world.mean(torch.stack([self._losses[name].float() for name in (*names, _LEFT_OUT)]))
@@ -60,7 +65,7 @@ class MetricsWindow:
         figures = dict(zip(names, means, strict=True))
         figures[_LEFT_OUT] = left_out
         figures["images_per_second"] = global_batch_size * self._timed_steps / elapsed_s
-        figures["step_time_s"] = elapsed_s / self._timed_steps
+        figures["step_time_s"] = elapsed_s / self._timed_steps if self._timed_steps else 0.0
         figures["data_wait_share"] = self._data_wait_s / elapsed_s
         self._losses, self._steps = {}, 0
         self._restart_clock()
@@ -72,7 +77,8 @@ class MetricsWindow:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a saved window; its clock starts now."""
-        self._losses, self._steps = dict(state["losses"]), state["steps"]
+        self._losses = {name: loss.to(self._device) for name, loss in state["losses"].items()}
+        self._steps = state["steps"]
         self._restart_clock()
 
     def load_of_other_world(self, states: Sequence[Mapping[str, Any]]) -> None:

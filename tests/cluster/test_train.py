@@ -19,7 +19,7 @@ from ray_head import start_head
 from small_world import small_config, write_squares
 
 from digseg.cluster.runtime import ray_session
-from digseg.cluster.train import run_training
+from digseg.cluster.train import _raise_recorded, _record, run_training
 from digseg.config import ClusterConfig, Config
 from digseg.errors import DigSegError
 from digseg.registry.tracking import MlflowRun
@@ -84,6 +84,13 @@ def test_users_mistake_found_in_a_worker_is_raised_here_and_not_tried_again(
     with pytest.raises(DigSegError, match="cannot be read"):
         run_training(config)
     assert not (tmp_path / "runs/unreadable/checkpoints").exists()
+
+
+def test_first_of_several_workers_errors_is_the_one_raised(tmp_path: Path) -> None:
+    for text in ("no room", "what came of it"):
+        _record(tmp_path / "failure.json", DigSegError(text))
+    with pytest.raises(DigSegError, match="no room"):
+        _raise_recorded(tmp_path / "failure.json")
 
 
 def test_users_mistake_found_before_is_raised_before_workers_start(folder: Path) -> None:

@@ -101,6 +101,15 @@ def test_disk_that_is_full_publishes_nothing_says_so_and_the_next_save_succeeds(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000015"]
 
 
+def test_loss_of_another_rank_during_a_save_is_no_mistake_of_the_user(tmp_path: Path) -> None:
+    def lose_peer(directory: Path) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:40000")
+
+    with pytest.raises(RuntimeError, match=r"^\[gloo.*closed by peer"):
+        _store(tmp_path).save(5, lose_peer, {})
+    assert published_steps(tmp_path) == []
+
+
 def test_save_that_is_killed_at_any_point_leaves_an_intact_checkpoint(tmp_path: Path) -> None:
     points: list[str] = []
     _save_over_two(tmp_path / "counted", points.append)

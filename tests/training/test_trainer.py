@@ -164,6 +164,25 @@ def test_finished_run_goes_on_when_more_steps_are_asked_for(folder: Path) -> Non
     assert [line["step"] for line in _curve(folder, "longer")] == [1, 4, 8, 9, 11]
 
 
+def test_run_that_took_more_steps_than_are_now_asked_for_ends_with_them(folder: Path) -> None:
+    shutil.copytree(folder / "runs/whole", folder / "runs/shorter")
+    (folder / "runs/shorter/result.json").unlink()
+    config = _config(folder, "shorter", steps=7)
+    assert Trainer(config, World()).train().steps == STEPS
+    assert _curve(folder, "shorter") == _curve(folder, "whole")
+    assert finished_result(config) is not None
+
+
+def test_window_whose_other_steps_are_all_passed_over_is_logged(folder: Path) -> None:
+    config = _config(folder, "untimed")
+    _train_until_killed(config, 3)
+    (folder / "runs/untimed/skipped.json").write_text(json.dumps([{"step": 3, "keys": []}]))
+    Trainer(config, World()).train()
+    lines = {line["step"]: line for line in read_metrics(folder / "runs/untimed/metrics.jsonl")}
+    assert (lines[4]["images_per_second"], lines[4]["step_time_s"]) == (0, 0)
+    assert math.isfinite(lines[4]["loss"])
+
+
 def test_logger_is_started_fed_and_finished(folder: Path) -> None:
     recorder = Recorder()
     Trainer(_config(folder, "recorded", steps=4), World(), recorder).train()
