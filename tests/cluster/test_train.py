@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_users_mistake_found_in_a_worker_is_raised_here_and_not_tried_again(
     for shard in manifest.shards:
         path = tmp_path / "shards/squares/train" / shard.name
         path.write_bytes(bytes(path.stat().st_size))
-    config = _config(tmp_path, "unreadable")
+    config = _config(tmp_path, "unreadable", workers=[1, 2])  # as many as there is room for
     with pytest.raises(DigSegError, match="cannot be read"):
         run_training(config)
     assert not (tmp_path / "runs/unreadable/checkpoints").exists()
@@ -142,20 +143,23 @@ class _Killer(threading.Thread):
     def run(self) -> None:
         while not published_steps(self._checkpoints):
             time.sleep(0.01)
-        workers = [
-            process
-            for process in psutil.Process().children(recursive=True)
-            if "RayTrainWorker" in " ".join(process.cmdline())
-        ]
+        workers = [process for process in psutil.Process().children(recursive=True) if _trains(process)]
         os.kill(max(workers, key=lambda process: process.pid).pid, signal.SIGKILL)
         self.steps_at_death = published_steps(self._checkpoints)
 
 
-def _config(folder: Path, name: str, **training: Any) -> Config:
+def _trains(process: psutil.Process) -> bool:
+    """Whether it is a training worker; a process that has just ended is none."""
+    with suppress(psutil.NoSuchProcess):
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    return False
+
+
+def _config(folder: Path, name: str, workers: int | list[int] = 2, **training: Any) -> Config:
     return small_config(
         folder,
         run={"name": name},
-        cluster={"workers": [1, 2]},
+        cluster={"workers": workers},
         training={
             "steps": STEPS,
             "warmup_steps": 3,
