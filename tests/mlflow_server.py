@@ -1,4 +1,4 @@
-"""A real MLflow tracking server of a test's own, which can be stopped and started again."""
+"""A real MLflow tracking server of a test's own, which can be stopped and started again; and one that is sick."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 START_TIMEOUT_S = 120
 
@@ -59,3 +64,28 @@ class MlflowServer:
             except OSError:
                 time.sleep(0.2)
         raise AssertionError(f"the server did not come up:\n{self._log.read_text()}")
+
+
+@contextmanager
+def answering(status: HTTPStatus) -> Iterator[str]:
+    """URL of what stands before a server, as nginx would, and answers its requests with `status`: a proxy that asks
+    for a name and password, or one whose server fails. Only `/health` is well."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            self.send_response(HTTPStatus.OK if self.path == "/health" else status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()

@@ -30,7 +30,7 @@ _ENVIRONMENT = "MLFLOW_TRACKING_URI"
 
 
 class StoreAwayError(DigSegError):
-    """A store that does not answer; it may be back later."""
+    """A store that does not answer, or fails; it may be well again later."""
 
 
 def tracking_uri(config: Config) -> str:
@@ -53,8 +53,8 @@ def connect(uri: str, *, create: bool = False) -> MlflowClient:
         create: make a SQLite database that does not exist yet; otherwise its absence is an error.
 
     Raises:
-        DigSegError: a server that does not answer, a missing database, or a kind of store that is not
-        supported.
+        StoreAwayError: a store that does not answer, or fails.
+        DigSegError: a missing database, refused credentials, or a kind of store that is not supported.
     """
     uri = _normalised(uri)
     if (database := sqlite_path(uri)) is not None:
@@ -83,7 +83,7 @@ def connect(uri: str, *, create: bool = False) -> MlflowClient:
                 f"the MLflow server {uri} refuses these credentials ({first_line(error)}): set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             ) from error
-        raise DigSegError(f"the MLflow store {uri} cannot be used: {first_line(error)}") from error
+        raise StoreAwayError(f"the MLflow store {uri} cannot be used: {first_line(error)}") from error
     return client
 
 

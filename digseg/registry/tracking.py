@@ -49,7 +49,7 @@ class MlflowRun:
 
     The run's name identifies it: its id is kept in `run.storage/run.name/mlflow_run.json`, and a process that
     starts the same run again continues it if the store still knows it. Metrics are handed to a thread, so
-    that training never waits for the store; those of steps that the store already has are not repeated.
+    that no training step waits for the store; those of steps that the store already has are not repeated.
 
     A store that is away does not stop a run that it once knew: what is to be logged waits, and is delivered in
     order when the store is back. What a run's end still finds waiting is in the run's own `metrics.jsonl`;

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
-from mlflow_server import MlflowServer
+from mlflow_server import MlflowServer, answering
 from small_world import small_config
 
 from digseg.config import Config
@@ -101,3 +103,22 @@ def test_nothing_is_lost_and_nobody_waits_while_the_server_is_away(
     assert _steps(client, run_id) == list(range(1, 520))
     assert client.get_run(run_id).info.status == "FINISHED"
     assert MlflowRun(config).run_id == run_id
+
+
+def test_a_server_that_answers_but_fails_counts_as_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "_FINISH_TIMEOUT_S", 0.1)
+    with answering(HTTPStatus.SERVICE_UNAVAILABLE) as uri:
+        config = small_config(tmp_path, tracking={"uri": uri})
+        with pytest.raises(StoreAwayError, match="cannot be used"):
+            _started(config)
+        record = tmp_path / "runs" / config.run.name / tracking.RECORD_NAME
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"run_id": "known", "tracking_uri": uri}))
+        assert not MlflowRun(config).settle([])
+        run = _started(config)
+        assert "the run goes on, and what it logs is delivered later" in caplog.text
+        run.finish("finished")
+    assert json.loads(record.read_text())["ended"] == "finished"

@@ -6,12 +6,11 @@ import os
 import socket
 import time
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import mlflow
 import pytest
+from mlflow_server import answering
 from small_world import small_config
 
 from digseg.errors import DigSegError
@@ -66,28 +65,8 @@ def test_a_server_that_never_answers_is_reported_in_seconds() -> None:
 
 
 def test_wrong_credentials_are_told_apart_from_an_absent_server() -> None:
-    """A server behind a proxy that asks for a name and password, as nginx would."""
-
-    class Proxy(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.do_GET()
-
-        def do_GET(self) -> None:
-            self.send_response(HTTPStatus.UNAUTHORIZED)
-            self.send_header("WWW-Authenticate", "Basic")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
-        Thread(target=server.serve_forever).start()
-        try:
-            uri = f"http://127.0.0.1:{server.server_port}"
-            with pytest.raises(DigSegError, match=rf"{uri} refuses .*MLFLOW_TRACKING_USERNAME"):
-                connect(uri)
-        finally:
-            server.shutdown()
+    with answering(HTTPStatus.UNAUTHORIZED) as uri, pytest.raises(DigSegError, match=rf"{uri} refuses .*_USERNAME"):
+        connect(uri)
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///data/mlruns"])
