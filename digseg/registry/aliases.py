@@ -129,8 +129,14 @@ class _LockedModel:
             self._client.set_registered_model_alias(self._name, alias, str(version))
         except MlflowException as error:
             raise DigSegError(f"alias {alias!r} cannot be set: {first_line(error)}") from error
-        distinct = [number for number, _ in groupby(history)]
-        self._client.set_registered_model_tag(self._name, _tag(alias), ",".join(map(str, distinct[-_KEPT_VERSIONS:])))
+        distinct = [str(number) for number, _ in groupby(history)][-_KEPT_VERSIONS:]
+        try:
+            self._client.set_registered_model_tag(self._name, _tag(alias), ",".join(distinct))
+        except MlflowException as error:
+            raise DigSegError(
+                f"models:/{self._name}@{alias} is version {version} now, but what it was before could not be noted: "
+                f"{first_line(error)}"
+            ) from error
 
 
 @contextmanager

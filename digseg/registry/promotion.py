@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,21 +62,25 @@ def carry_out(decision: Decision) -> str:
 
     Raises:
         AliasMovedError: the alias means something else by now; that is recorded, the alias stays.
-        DigSegError: the store cannot be reached, or refuses.
+        DigSegError: the store cannot be reached, or refuses; it says whether the alias was moved.
     """
     challenger = decision.challenger
     assert challenger.version is not None
     assert challenger.tracking_uri is not None
     store = challenger.tracking_uri
+    name = f"models:/{challenger.name}@{decision.alias}"
     if not decision.passed:
-        return _record(store, decision, "refused")
+        with _recording(store, f"{name} was not moved"):
+            return _record(store, decision, "refused")
     expected = decision.champion.version if decision.champion else None
     try:
         move_alias(store, challenger.name, decision.alias, challenger.version, expected)
-    except AliasMovedError:
-        _record(store, decision, "overtaken")
+    except AliasMovedError as error:
+        with _recording(store, str(error)):
+            _record(store, decision, "overtaken")
         raise
-    return _record(store, decision, "promoted")
+    with _recording(store, f"{name} is version {challenger.version} now"):
+        return _record(store, decision, "promoted")
 
 
 def undo(store: str, name: str, alias: str) -> tuple[int, int]:
@@ -88,10 +93,19 @@ def undo(store: str, name: str, alias: str) -> tuple[int, int]:
         DigSegError: see `digseg.registry.aliases.roll_back`.
     """
     before, now = roll_back(store, name, alias)
-    client = connect(store)
     tags = {"outcome": "rolled back", "alias": alias, "from_version": str(before), "to_version": str(now)}
-    _run(client, store, None, f"rollback: {name} {before} -> {now}", {"model": name, **tags})
+    with _recording(store, f"models:/{name}@{alias} is version {now} again"):
+        _run(connect(store), store, None, f"rollback: {name} {before} -> {now}", {"model": name, **tags})
     return before, now
+
+
+@contextmanager
+def _recording(store: str, done: str) -> Iterator[None]:
+    """Say what was done before, where MLflow fails to keep the record of it."""
+    try:
+        yield
+    except (MlflowException, DigSegError) as error:
+        raise DigSegError(f"{done}; but MLflow at {store} lacks part of the record: {first_line(error)}") from error
 
 
 def _record(store: str, decision: Decision, outcome: str) -> str:
@@ -121,18 +135,15 @@ def _run(
     decision: Decision | None = None,
 ) -> str:
     """A finished run in the experiment of the run `beside`, with a decision as its parameters, metrics and artifact."""
-    try:
-        run = client.create_run(
-            _experiment_of(client, store, beside),
-            run_name=name,
-            tags={"digseg.kind": "promotion", "digseg.by": getpass.getuser(), **tags},
-        )
-        run_id = str(run.info.run_id)
-        if decision is not None:
-            _log(client, run_id, decision)
-        client.set_terminated(run_id, "FINISHED")
-    except MlflowException as error:
-        raise DigSegError(f"MLflow at {store} does not take the decision: {first_line(error)}") from error
+    run = client.create_run(
+        _experiment_of(client, store, beside),
+        run_name=name,
+        tags={"digseg.kind": "promotion", "digseg.by": getpass.getuser(), **tags},
+    )
+    run_id = str(run.info.run_id)
+    if decision is not None:
+        _log(client, run_id, decision)
+    client.set_terminated(run_id, "FINISHED")
     return run_id
 
 

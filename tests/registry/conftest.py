@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import pytest
 from small_world import World, small_world
 
@@ -6,3 +9,10 @@ from small_world import World, small_world
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A registered model, its run and its data; one for all tests of a session."""
     return small_world(tmp_path_factory.getbasetemp() / "world")
+
+
+@pytest.fixture
+def store(tmp_path: Path, world: World) -> str:
+    """A copy of the world's database (making one takes seconds): digseg/1 is challenger, digseg/2 champion."""
+    shutil.copy(world.tracking_uri.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 from mlflow.tracking import MlflowClient
-from small_world import World
 
 from digseg.errors import DigSegError
 from digseg.registry import aliases
 from digseg.registry.aliases import LOCK_SUFFIX, AliasMovedError, move_alias, roll_back, set_alias
 from digseg.registry.models import list_versions
-
-
-@pytest.fixture
-def store(tmp_path: Path, world: World) -> str:
-    """A copy of the world's database (making one takes seconds): digseg/1 is challenger, digseg/2 champion."""
-    shutil.copy(world.tracking_uri.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def _champion(store: str) -> int:
