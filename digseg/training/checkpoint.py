@@ -45,7 +45,7 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. ``save`` and ``newest_intact`` are collective.
+    """The checkpoints of one run. Its public methods are collective.
 
     Args:
         keep: the newest so many are kept,
@@ -115,7 +115,7 @@ class CheckpointStore:
         self._reached("published")
         _sync(self._root)
         self._reached("name synced")
-        self._remove_old()
+        self._remove_old(saved=manifest["step"])
 
     def newest_intact(self, until: int | None = None) -> Checkpoint | None:
         """The newest checkpoint whose files all match their sums, or None where there is none.
@@ -139,6 +139,14 @@ class CheckpointStore:
         if steps and until is None and self._world.is_main:
             say(f"no intact checkpoint is left in {self._root}: training starts from the beginning")
         return None
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps than ``step``, to which the run went back."""
+        if self._world.is_main:
+            for later in published_steps(self._root):
+                if later > step:
+                    self._remove(self._root / _name(later))
+        self._world.barrier()
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -172,12 +180,11 @@ class CheckpointStore:
     def _problems(self, path: Path) -> list[str]:
         """What is wrong with this rank's part of the files."""
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-            files, step = manifest["files"], manifest["step"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            step, files = _manifest(path)
+        except (OSError, ValueError) as error:
             return [f"{MANIFEST} is unreadable ({error})"] if self._world.is_main else []
         names = sorted(files)[self._world.rank :: self._world.world_size]
-        problems = [problem for name in names if (problem := _file_problem(path / name, name, files[name]))]
+        problems = [problem for name in names if (problem := _file_problem(path / name, name, *files[name]))]
         if self._world.is_main:
             if path.name != _name(step):
                 problems.append(f"{MANIFEST} is that of step {step}")
@@ -186,9 +193,9 @@ class CheckpointStore:
             problems += [f"{name} is of another checkpoint" for name in sorted(strange)]
         return problems
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, saved: int) -> None:
         for step in published_steps(self._root)[: -self._keep]:
-            if not (self._keep_every and step % self._keep_every == 0):
+            if step != saved and not (self._keep_every and step % self._keep_every == 0):
                 self._remove(self._root / _name(step))
 
     def _remove(self, path: Path) -> None:
@@ -209,10 +216,15 @@ def published_steps(root: Path) -> list[int]:
 
 
 def published_state(root: Path) -> dict[str, Any] | None:
-    """The state of the newest published checkpoint, or None where there is none or it is unreadable."""
+    """The state of the newest published checkpoint, or None where there is none or it is damaged."""
     steps = published_steps(root)
+    if not steps:
+        return None
+    path = root / _name(steps[-1])
     try:
-        return _read(root / _name(steps[-1])).state if steps else None
+        _, files = _manifest(path)
+        damaged = STATE not in files or _file_problem(path / STATE, STATE, *files[STATE])
+        return None if damaged else _read(path).state
     except (OSError, ValueError):
         return None
 
@@ -242,13 +254,27 @@ def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def _file_problem(path: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+def _manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """The step, and every file's size and sha256, by the manifest of a checkpoint.
+
+    Raises:
+        OSError, ValueError: it is missing or damaged.
+    """
+    content = json.loads((path / MANIFEST).read_bytes())
+    try:
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
+        return int(content["step"]), files
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(repr(error)) from error
+
+
+def _file_problem(path: Path, name: str, expected_size: int, sha256: str) -> str | None:
     if not path.is_file():
         return f"{name} is missing"
     size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{name} has {size} bytes instead of {entry['bytes']}"
-    return None if file_sha256(path) == entry["sha256"] else f"{name} differs from its sha256"
+    if size != expected_size:
+        return f"{name} has {size} bytes instead of {expected_size}"
+    return None if file_sha256(path) == sha256 else f"{name} differs from its sha256"
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

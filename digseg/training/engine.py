@@ -52,8 +52,9 @@ class Engine:
         self._world = world
         self._stage = config.training.zero_stage
         self._clipping = config.training.gradient_clipping
+        self._offloaded = config.training.offload_optimizer
         self._norm: Tensor | float = float("nan")
-        self._no = self._skipped = torch.tensor(False, device=world.device)
+        self._no = self._bad = torch.tensor(False, device=world.device)
         world.join()
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         size = sum(parameter.numel() for parameter in trainable)
@@ -84,24 +85,32 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
-        skip = self._no if skip is None else skip
+        unwanted = skip = self._no if skip is None else skip
         if boundary and self._stage == 0:
             self._norm = nn.utils.clip_grad_norm_(self._deepspeed.module.parameters(), self._clipping)
             skip = skip | ~torch.isfinite(self._norm)
-        # What the fused AdamW reads of torch.amp.GradScaler: where it is 1, nothing is updated.
-        self._optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        # What the fused AdamW reads of torch.amp.GradScaler: where it is 1, nothing is updated. An optimizer on the
+        # CPU would not wait for the device to write it.
+        found_inf = skip.float().cpu() if self._offloaded else skip.float()
+        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self._deepspeed.step()
         if not boundary:
             return
         if self._stage > 0:  # which leave out a step themselves if its gradient is not finite
             self._norm = self._deepspeed.get_global_grad_norm()
-        self._skipped = skip | ~torch.isfinite(torch.as_tensor(self._norm, device=self._world.device))
+        overflow = ~torch.isfinite(torch.as_tensor(self._norm, device=self._world.device))
         if self._loss_scale is not None:
+            overflow = overflow & ~self._loss_scale.may_fall()
             self._loss_scale.update(self._norm)
+        self._bad = unwanted | overflow
 
-    def was_skipped(self) -> Tensor:
-        """Whether the last step changed no weight: a boolean scalar on the device."""
-        return self._skipped
+    def was_bad(self) -> Tensor:
+        """Whether the last step was left out for its loss or gradient: a boolean scalar on the device.
+
+        One that overflowed under a loss scale of float16 that may fall changes no weight either, but is not bad:
+        the scale starts high and finds its place so.
+        """
+        return self._bad
 
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradient, before clipping. Waits for the device."""

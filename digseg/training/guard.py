@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from digseg.config.schema import GuardConfig
+from digseg.errors import DigSegError
+from digseg.training.files import write_whole
 from digseg.training.world import World
 
 _MEMORY = 50  # steps that the running mean of the loss looks back
@@ -93,19 +95,27 @@ class SkippedSteps:
     """The steps of a run that are passed over because of their samples: ``skipped.json`` in its directory.
 
     Every attempt at the run reads them, so that it passes over the same steps wherever it starts.
+
+    Raises:
+        DigSegError: the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.entries: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
+        try:
+            self.entries: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
+            self._steps = {entry["step"] for entry in self.entries}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DigSegError(
+                f"{path} is unreadable ({error}); mend it, or delete it to take the steps again that it names"
+            ) from error
 
     def __contains__(self, step: int) -> bool:
-        return any(entry["step"] == step for entry in self.entries)
+        return step in self._steps
 
-    def add(self, steps: Iterable[BadStep], write: bool) -> None:
+    def add(self, steps: Sequence[BadStep], write: bool) -> None:
         """Pass over these steps from now on; one rank writes them down."""
         self.entries += [{"step": bad.step, "keys": list(bad.keys)} for bad in steps]
+        self._steps |= {bad.step for bad in steps}
         if write:
-            partial = self._path.with_suffix(".tmp")
-            partial.write_text(json.dumps(self.entries, indent=1) + "\n")
-            partial.replace(self._path)
+            write_whole(self._path, json.dumps(self.entries, indent=1) + "\n", durable=True)

@@ -6,6 +6,9 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from digseg.training.files import write_whole
 
 _CATEGORIES = ("productive", "start_up", "data_wait", "checkpoint", "lost")
 _REPEATED = ("productive", "data_wait")  # what is done again after a return to a checkpoint
@@ -25,7 +28,7 @@ class Ledger:
 
     def __init__(self, path: Path, submitted_at: float, clock: Callable[[], float] = time.time) -> None:
         self._path, self._clock = path, clock
-        saved = json.loads(path.read_bytes()) if path.exists() else {}
+        saved = _saved(path)
         self._seconds = {name: saved.get("seconds", {}).get(name, 0.0) for name in _CATEGORIES}
         self._at_checkpoint = {name: saved.get("at_checkpoint", {}).get(name, 0.0) for name in _REPEATED}
         self._lap = max(submitted_at, saved.get("entered_at", 0.0))
@@ -55,15 +58,22 @@ class Ledger:
     def write(self) -> None:
         """Enter everything in the file."""
         entry = {"seconds": self._seconds, "at_checkpoint": self._at_checkpoint, "entered_at": self._lap}
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text(json.dumps(entry, indent=1) + "\n")
-        partial.replace(self._path)
+        write_whole(self._path, json.dumps(entry, indent=1) + "\n")
 
     def figures(self) -> dict[str, float]:
         """Seconds by category, and ``goodput``: the productive share of the whole."""
         whole = sum(self._seconds.values())
         goodput = self._seconds["productive"] / whole if whole else 0.0
         return {"goodput": goodput, **{f"ledger.{name}_s": seconds for name, seconds in self._seconds.items()}}
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """What was entered; nothing where the file is missing or damaged, for which no run should end."""
+    try:
+        saved = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return saved if isinstance(saved, dict) else {}
 
 
 def ledger_summary(path: Path) -> str:

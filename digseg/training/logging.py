@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from digseg.training.files import write_whole, writing
+
 RunStatus = Literal["finished", "failed"]
 
 
@@ -58,13 +60,11 @@ class MetricsFile:
         A last line that a killed process left unfinished is dropped too.
         """
         kept = [line for line in read_metrics(self._path) if line["step"] <= step]
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Add the line of one logging window."""
-        with self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 

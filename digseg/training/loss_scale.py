@@ -36,6 +36,10 @@ class LossScale:
         factor = torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)
         self._scale, self._finite_steps = self._scale * factor, torch.where(grows, 0.0, steps)
 
+    def may_fall(self) -> Tensor:
+        """Whether an overflow may come from a scale that is too high still: a boolean scalar on the device."""
+        return self._scale > 1.0
+
     def state_dict(self) -> dict[str, Tensor]:
         """The scale and its count, for a checkpoint."""
         return {"scale": self._scale, "finite_steps": self._finite_steps}

@@ -20,7 +20,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,7 @@ from digseg.data.format import load_manifest
 from digseg.errors import DigSegError
 from digseg.training.checkpoint import published_state
 from digseg.training.deepspeed_config import deepspeed_config
+from digseg.training.files import write_whole
 from digseg.training.logging import read_metrics
 
 # Settings that say what the run is: the samples it sees, and the weights it has.
@@ -73,13 +74,13 @@ class RunDirectory:
     def write_config(self, config: Config) -> None:
         """Make the directory and leave the resolved configuration in it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / "config.yaml", dump_config(config))
+        write_whole(self.path / "config.yaml", dump_config(config))
         # A run that is continued with more steps is not finished any more.
         self._result.unlink(missing_ok=True)
 
     def write_result(self, result: TrainingResult) -> None:
         """Mark the run as finished."""
-        _write(self._result, json.dumps(asdict(result), indent=2, sort_keys=True) + "\n")
+        write_whole(self._result, json.dumps(asdict(result), indent=2, sort_keys=True) + "\n")
 
     def result(self) -> TrainingResult | None:
         """The result of the finished run, else None."""
@@ -97,22 +98,28 @@ def exclusive(config: Config) -> Iterator[None]:
     across machines where it has locks (NFS 4, Lustre with flock).
 
     Raises:
-        DigSegError: another process holds it; the text says which.
+        DigSegError: another process holds it, and the text says which; or the directory cannot be written and locked.
     """
     directory = RunDirectory(config)
-    directory.path.mkdir(parents=True, exist_ok=True)
-    with directory.lock.open("a+") as lock:
+    with ExitStack() as stack:
         try:
+            directory.path.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(directory.lock.open("a+"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
         except BlockingIOError:
             lock.seek(0)
             raise DigSegError(
                 f"run {config.run.name!r} in {config.run.storage} is being trained by {lock.read().strip()}; wait for "
                 "it, stop it, or choose another run.name"
             ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+        except OSError as error:
+            raise DigSegError(
+                f"{directory.lock} cannot be written and locked: {error.strerror}; point run.storage at a place that "
+                "can be written and has file locks"
+            ) from error
         yield
 
 
@@ -203,9 +210,3 @@ def _flattened(value: Any, path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
     return {k: v for key, part in value.items() for k, v in _flattened(part, f"{path}.{key}").items()}
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text)
-    partial.replace(path)

@@ -97,7 +97,7 @@ class Trainer:
         for batch, data_wait_s in self._timed_batches(step):
             if step not in self._skipped:
                 losses = self.train_step(batch, step)
-                self._state.window.add(losses, self.engine.was_skipped(), data_wait_s)
+                self._state.window.add(losses, self.engine.was_bad(), data_wait_s)
                 self._unreadable.add(batch.corrupt)
             self._ledger.wait(data_wait_s)
             step += 1
@@ -120,7 +120,7 @@ class Trainer:
                 losses[name] = losses[name] + part if name in losses else part
             last = number == self._num_micro_batches
             self.engine.step(rate, self._state.guard.judge(losses["loss"]) if last else None)
-        self._state.guard.note(step, batch.keys, self.engine.was_skipped())
+        self._state.guard.note(step, batch.keys, self.engine.was_bad())
         if self._state.average is not None:
             self._state.average.update(self.engine.shares())
         return losses
@@ -200,6 +200,7 @@ class Trainer:
         self._ledger.lose()
         self._skipped.add(bad, write=self.world.is_main)
         step = self._restore(checkpoint)
+        self._store.remove_after(step)
         self._say(f"going back to step {step}; steps {first + 1} to {last + 1} will be passed over")
         self._enter("start_up")
         return step

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from digseg.errors import DigSegError
-from digseg.training.checkpoint import CheckpointStore, published_steps
+from digseg.training.checkpoint import CheckpointStore, published_state, published_steps
 from digseg.training.world import World
 
 
@@ -51,11 +51,12 @@ def test_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:
         (lambda path: (path / "rank-00000.pt").unlink(), "rank-00000.pt is missing"),
         (lambda path: (path / "manifest.json").unlink(), "manifest.json is unreadable"),
         (lambda path: _truncate(path / "manifest.json"), "manifest.json is unreadable"),
+        (lambda path: _substitute(path / "manifest.json", b'"bytes"', b'"bytds"'), "manifest.json is unreadable"),
         (lambda path: _flip(path / "state.json"), "state.json differs from its sha256"),
         (lambda path: (path / "rank-00001.pt").write_bytes(b"old"), "rank-00001.pt is of another checkpoint"),
         (lambda path: _replace(path, path.with_name("step-00000005")), "manifest.json is that of step 5"),
     ],
-    ids=["truncated", "flipped", "missing", "no manifest", "half a manifest", "state", "stale", "misnamed"],
+    ids=["truncated", "flipped", "missing", "no manifest", "half a manifest", "key", "state", "stale", "misnamed"],
 )
 def test_damaged_checkpoint_is_put_aside_for_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], reason: str
@@ -144,6 +145,25 @@ def test_only_the_newest_checkpoints_and_every_nth_step_are_kept(tmp_path: Path)
     assert published_steps(tmp_path) == [100, 200, 202, 100000000]
 
 
+def test_checkpoints_after_the_one_gone_back_to_are_removed_and_the_one_just_saved_is_kept(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    for step in (5, 10, 15):
+        store.save(step, _write, {})
+    _store(tmp_path, keep=1).save(7, _write, {})
+    assert published_steps(tmp_path) == [7, 15]
+    store.remove_after(7)
+    assert published_steps(tmp_path) == [7]
+
+
+def test_state_that_differs_from_its_sum_is_not_believed(tmp_path: Path) -> None:
+    path = _store(tmp_path).save(5, _write, {"zero_stage": 1}).path
+    state = published_state(tmp_path)
+    assert state is not None
+    assert state["zero_stage"] == 1
+    _substitute(path / "state.json", b"zero_stage", b"zero_stagd")
+    assert published_state(tmp_path) is None
+
+
 def test_checkpoint_from_before_a_step_is_found(tmp_path: Path) -> None:
     store = _store(tmp_path)
     for step in (5, 10):
@@ -187,6 +207,10 @@ def _save_over_two_until_killed(root: Path, number: int) -> None:
 def _replace(path: Path, by: Path) -> None:
     shutil.rmtree(path)
     shutil.copytree(by, path)
+
+
+def _substitute(path: Path, old: bytes, new: bytes) -> None:
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
 
 
 def _truncate(path: Path) -> None:

@@ -89,13 +89,13 @@ def test_step_whose_gradient_is_not_finite_changes_nothing(tmp_path: Path, stage
         engine.step(0.01)
         weights = shares_state(engine.shares())["shares"]
         states.append(torch.cat([share["values"].clone() for share in weights.values()]))
-        skipped.append(bool(engine.was_skipped()))
+        skipped.append(bool(engine.was_bad()))
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[1], states[2])
     # One whose gradient is finite, but which is not wanted.
     engine.forward_backward((images, targets))
     engine.step(0.01, torch.tensor(True))
-    assert [*skipped, bool(engine.was_skipped())] == [False, True, False, True]
+    assert [*skipped, bool(engine.was_bad())] == [False, True, False, True]
     weights = shares_state(engine.shares())["shares"]
     assert torch.equal(states[2], torch.cat([share["values"] for share in weights.values()]))
     engine.close()
@@ -110,6 +110,13 @@ def test_loss_scale_halves_after_an_overflow_and_is_saved(tmp_path: Path) -> Non
     engine.step(0.01)
     state = engine.state_dict()
     assert state["loss_scale"]["scale"].item() == before / 2
+    assert not engine.was_bad()
+    # A scale that cannot be why is no excuse.
+    state["loss_scale"]["scale"].fill_(1.0)
+    engine.load_state_dict(state)
+    engine.forward_backward((images, targets * 1e30))
+    engine.step(0.01)
+    assert engine.was_bad()
     engine.close()
     other = Engine(StandIn("fp16"), config, World())
     other.load_state_dict(state)

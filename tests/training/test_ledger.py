@@ -65,6 +65,14 @@ def test_work_since_the_checkpoint_is_lost_with_the_process(tmp_path: Path) -> N
     assert sum(value for name, value in figures.items() if name != "goodput") == clock.now - 1000
 
 
+def test_damaged_ledger_starts_anew(tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text('{"seconds": {"productive": 4')
+    clock = Clock()
+    ledger = Ledger(tmp_path / "ledger.json", submitted_at=990.0, clock=clock)
+    ledger.lap("start_up")
+    assert ledger.figures()["ledger.start_up_s"] == 10
+
+
 def test_time_between_two_submissions_is_nobodys(tmp_path: Path) -> None:
     clock = Clock()
     first = Ledger(tmp_path / "ledger.json", submitted_at=1000.0, clock=clock)

@@ -268,6 +268,11 @@ def test_second_process_with_a_run_of_the_same_name_is_refused(folder: Path) -> 
         pass
     with exclusive(config):
         pass
+    lock = folder / "runs/held/lock"
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(DigSegError, match=r"held/lock cannot be written and locked: Is a directory"), exclusive(config):
+        pass
 
 
 @pytest.mark.parametrize("stage", range(4))
