@@ -101,8 +101,9 @@ def training_batches(
     """
     positions = StepPositions(config.training.global_batch_size, rank, world_size, start_step, steps)
     loader = _loader(data, config, positions)
+    made = _raised(iter(loader))
     # Loader processes work ahead by themselves.
-    batches = _raised(iter(loader) if config.data.workers else _ahead(loader, config.data.prefetch))
+    batches = made if config.data.workers else _ahead(made, config.data.prefetch)
     return batches if config.data.cache_dir is None else _with_shards(batches, data, positions)
 
 
@@ -122,14 +123,13 @@ def _with_shards(batches: Iterator[Batch], data: TrainingData, positions: StepPo
             yield next(batches)
 
 
-def _ahead(batches: Iterable[Batch | DigSegError], number: int) -> Iterator[Batch | DigSegError]:
+def _ahead(batches: Iterator[Batch], number: int) -> Iterator[Batch]:
     """The same batches, up to ``number`` of them made in advance by a thread."""
-    iterator = iter(batches)
     thread = ThreadPoolExecutor(1, "batches")
     try:
-        coming = deque(thread.submit(next, iterator, None) for _ in range(number))
+        coming = deque(thread.submit(next, batches, None) for _ in range(number))
         while (batch := coming.popleft().result()) is not None:
-            coming.append(thread.submit(next, iterator, None))
+            coming.append(thread.submit(next, batches, None))
             yield batch
     finally:
         thread.shutdown(cancel_futures=True)
