@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
-
-import jinja2
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from digseg.console import progress
 from digseg.data.corpus import Sample, ShardedCorpus
@@ -20,6 +13,7 @@ from digseg.data.latents import LatentRecipe
 from digseg.data.storage import Storage
 from digseg.errors import DigSegError
 from digseg.evaluation.colours import class_colours, paint
+from digseg.evaluation.page import data_uri, render
 
 _SHOWN_LEAKS = 24
 _TILE_PX = 320  # longer side of a picture on the page
@@ -83,14 +77,8 @@ def shard_page(root: str | Path, samples_per_split: int = 12) -> str:
         for manifest in manifests:
             splits.append(_view(root, manifest, samples_per_split))
             bar.advance()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("shard_page.html.j2").render(
+    return render(
+        "shard_page.html.j2",
         root=str(root),
         splits=splits,
         duplicates=duplicates,
@@ -105,7 +93,7 @@ def _leak(root: str | Path, group: DuplicateGroup) -> _Leak:
 
 def _image_of(root: str | Path, member: Member) -> str:
     corpus, _, split = member.split.partition("/")
-    return _data_uri(ShardedCorpus(root, corpus, split).must_read(member.number).image, "JPEG")
+    return data_uri(ShardedCorpus(root, corpus, split).must_read(member.number).image, "JPEG", _TILE_PX)
 
 
 def _view(root: str | Path, manifest: Manifest, samples_per_split: int) -> _SplitView:
@@ -173,14 +161,6 @@ def _picture(sample: Sample, manifest: Manifest) -> _Picture:
         sample.key,
         f"{width} x {height}",
         ", ".join(present) or "nothing labelled",
-        _data_uri(sample.image, "JPEG"),
-        _data_uri(painted, "PNG"),
+        data_uri(sample.image, "JPEG", _TILE_PX),
+        data_uri(painted, "PNG", _TILE_PX),
     )
-
-
-def _data_uri(pixels: NDArray[np.uint8], kind: str) -> str:
-    image = Image.fromarray(pixels)
-    image.thumbnail((_TILE_PX, _TILE_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, optimize=True)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
