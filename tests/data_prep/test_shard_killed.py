@@ -48,6 +48,7 @@ def test_kill_before_any_file_operation_leaves_what_the_next_run_completes(garde
     assert [files for files in disturbed if files != undisturbed] == []
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.cluster
 def test_job_killed_ten_times_ends_with_the_bytes_of_an_undisturbed_one(garden: Path, tmp_path: Path) -> None:
     job = [sys.executable, "data_prep/shard.py", "--corpus", "folder", "--root", str(garden), "--split", "train"]
