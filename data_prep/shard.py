@@ -53,29 +53,16 @@ class SplitPlan:
         return split_path(self.name, self.split)
 
 
-def shard_corpus(
-    corpus: str,
-    root: str | Path,
-    split: str,
-    out: str | Path,
-    samples_per_shard: int | None = None,
-    name: str | None = None,
-    seed: int = 0,
-) -> Manifest:
-    """Shard ``split`` of the corpus ``corpus`` below ``root`` into ``out/<name>/<split>``.
-
-    ``out`` is a folder or fsspec URL, ``name`` defaults to the corpus' own, ``seed`` names the assignment of samples
-    to shards. Only one job at a time may write a split.
+def shard_corpus(plan: SplitPlan) -> Manifest:
+    """Shard a split as it was planned. Only one job at a time may write a split.
 
     Raises:
-        DigSegError: unknown corpus or split, missing root, empty split, no intact sample, or an ``out`` that cannot be
-            written; nothing is written then.
+        DigSegError: no sample is intact, or a file cannot be written.
     """
     # Ray takes a second to import: a job that is wrong should say so at once.
     from digseg.cluster.runtime import ray_session
     from digseg.cluster.tasks import fan_out
 
-    plan = plan_split(corpus, root, split, out, samples_per_shard, name, seed)
     with ray_session():
         results = fan_out(
             make_shard,
@@ -97,7 +84,15 @@ def plan_split(
     name: str | None = None,
     seed: int = 0,
 ) -> SplitPlan:
-    """The first half of :func:`shard_corpus`: everything is checked, and nothing written."""
+    """How to shard ``split`` of the corpus ``corpus`` below ``root`` into ``out/<name>/<split>``; nothing is written.
+
+    ``out`` is a folder or fsspec URL, ``name`` defaults to the corpus' own, ``seed`` names the assignment of samples
+    to shards.
+
+    Raises:
+        DigSegError: unknown corpus or split, missing root, empty split, no intact sample, or an ``out`` that cannot be
+            written.
+    """
     source = load_corpus(corpus, root)
     name = _checked_name(name or source.name)
     refs = source.list(split)
@@ -126,7 +121,7 @@ def plan_split(
 
 
 def finish_split(plan: SplitPlan, results: Sequence[ShardResult]) -> Manifest:
-    """The second half of :func:`shard_corpus`: describe what the jobs made, and say so."""
+    """Describe what the jobs of a plan made, and say so."""
     rejected = sorted((r for result in results for r in result.rejected), key=lambda r: r.key)
     if not any(result.entry for result in results):
         raise _nothing_intact(plan.corpus, plan.split, [r.reason for r in rejected])
@@ -180,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.samples_per_shard is not None and options.samples_per_shard < 1:
         raise DigSegError(f"--samples-per-shard is {options.samples_per_shard}; it must be at least 1")
-    shard_corpus(
+    plan = plan_split(
         options.corpus,
         options.root,
         options.split,
@@ -189,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.name,
         options.seed,
     )
+    shard_corpus(plan)
 
 
 def _manifest(plan: SplitPlan, results: Sequence[ShardResult], num_rejected: int, rejected_sha256: str) -> Manifest:

@@ -37,7 +37,7 @@ def ensure_shards(config: Config) -> dict[str, float]:
         )
     # Only where there is work to do: a run in one process with its shards at hand needs no Ray.
     from data_prep.sample_corpora import draw_sample_corpora
-    from data_prep.shard import shard_corpus
+    from data_prep.shard import plan_split, shard_corpus
     from digseg.cluster.runtime import ray_session
 
     root = Path(config.prepare.root)
@@ -47,7 +47,7 @@ def ensure_shards(config: Config) -> dict[str, float]:
     drawn = time.monotonic()
     with ray_session(config.cluster):
         for entry, split in missing:
-            shard_corpus(entry.corpus, root / entry.dir, split, config.data.root)
+            shard_corpus(plan_split(entry.corpus, root / entry.dir, split, config.data.root))
     return {"corpora": drawn - start, "shards": time.monotonic() - drawn}
 
 

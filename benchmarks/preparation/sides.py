@@ -30,10 +30,10 @@ SAMPLES_PER_SHARD = 50
 
 def run_job(root: Path) -> None:
     """The job, in a Ray session that has its workers."""
-    from data_prep.shard import shard_corpus
+    from data_prep.shard import plan_split, shard_corpus
 
     with _warm_ray_session(), tempfile.TemporaryDirectory() as out, _timed():
-        shard_corpus("folder", root, "train", out, SAMPLES_PER_SHARD)
+        shard_corpus(plan_split("folder", root, "train", out, SAMPLES_PER_SHARD))
 
 
 def run_loop(root: Path) -> None:

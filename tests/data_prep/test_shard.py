@@ -57,7 +57,8 @@ def sha256s(folder: Path) -> dict[str, str]:
 
 
 def shard(garden: Path, out: Path, **options: int | str) -> None:
-    shard_corpus("folder", garden, "train", out, **{"samples_per_shard": 3, **options})  # type: ignore[arg-type]
+    plan = plan_split("folder", garden, "train", out, **{"samples_per_shard": 3, **options})  # type: ignore[arg-type]
+    shard_corpus(plan)
 
 
 def rejected(out: Path) -> dict[str, str]:
