@@ -16,8 +16,9 @@ from digseg.config import AutoencoderConfig
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, Statistics, split_path
 from digseg.data.hashes import hash_image
-from digseg.data.latents import LatentRecipe, View, as_pixels, draw_views, pack_latents
+from digseg.data.latents import LatentRecipe, View, draw_views, pack_latents
 from digseg.data.storage import Storage
+from digseg.data.transforms import as_pixels
 from digseg.data.writer import EncodedSample, ShardWriter, encode_mask, encode_png
 from digseg.errors import DigSegError
 from digseg.model.autoencoder import Autoencoder, build_autoencoder
@@ -101,9 +102,8 @@ def _views(job: LatentJob, statistics: list[Statistics]) -> Iterator[View]:
 
 
 def _encoded(views: Sequence[View], autoencoder: Autoencoder, job: LatentJob) -> Iterator[EncodedSample]:
-    images = torch.from_numpy(np.stack([as_pixels(view.image) for view in views]))
-    if job.on_gpu:
-        images = images.to("cuda")
+    levels = torch.from_numpy(np.stack([view.image for view in views])).permute(0, 3, 1, 2).contiguous()
+    images = as_pixels(levels.to("cuda" if job.on_gpu else "cpu"))
     with torch.inference_mode():
         latents = autoencoder.encode(images).float().cpu().numpy()
     for view, latent in zip(views, latents, strict=True):

@@ -123,16 +123,6 @@ def view_of(epoch: int, sample: int, views: int, seed: int) -> int:
     return permuted_index(turn, views, mix64(seed, sample, round_number))
 
 
-def as_pixels(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """uint8 [R, R, 3] to float32 [3, R, R] in [-1, 1], as an autoencoder and the segmenter's head take them."""
-    pixels = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
-    # Step by step as digseg.data.loader.Batch.to, so that the same bytes give the same pixels.
-    pixels *= 1 / 255
-    pixels *= 2
-    pixels -= 1
-    return pixels
-
-
 def pack_latents(latents: npt.NDArray[np.floating[Any]]) -> bytes:
     """The bytes of an npy file of float16 [C, h, w].
 

@@ -25,6 +25,7 @@ from digseg.data.ahead import ShardFetcher
 from digseg.data.latents import Latents
 from digseg.data.queries import class_weights
 from digseg.data.training_data import TrainingData, TrainingSample
+from digseg.data.transforms import as_pixels
 from digseg.errors import DigSegError
 
 _SMALL = ("query_ids", "colour_ids", "class_weights", "positions")
@@ -70,8 +71,7 @@ class Batch:
             if (value := getattr(self, name)) is not None
         }
         if self.images.dtype == torch.uint8:
-            # Step by step as digseg.data.latents.as_pixels, so that the same bytes give the same pixels.
-            moved["images"] = moved["images"].float().mul_(1 / 255).mul_(2).sub_(1)
+            moved["images"] = as_pixels(moved["images"])
         moved["labels"] = moved["labels"].long()
         return dataclasses.replace(self, **moved)
 

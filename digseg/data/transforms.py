@@ -88,6 +88,14 @@ def training_crop(
     return pixels, labels
 
 
+def as_pixels(levels: torch.Tensor) -> torch.Tensor:
+    """uint8 images of any shape as float32 in [-1, 1], as an autoencoder and the segmenter take them.
+
+    In one place, so that stored latents and training round the same bytes alike.
+    """
+    return levels.float().mul_(1 / 255).mul_(2).sub_(1)
+
+
 @dataclass(frozen=True)
 class _Placement:
     """One axis: ``span`` pixels of the image's ``size`` from ``begin`` on, resized to ``length`` pixels of the crop

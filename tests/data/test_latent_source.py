@@ -13,9 +13,9 @@ from shard_writing import data_config, noise_samples, write_split
 
 from digseg.config import Config
 from digseg.data.corpus import ShardedCorpus
-from digseg.data.latents import as_pixels
 from digseg.data.loader import Batch, training_batches
 from digseg.data.training_data import TrainingData
+from digseg.data.transforms import as_pixels
 from digseg.errors import DigSegError
 from digseg.model.autoencoder import ShuffleAutoencoder
 
@@ -67,7 +67,7 @@ def test_latents_pixels_and_labels_are_those_of_one_view(root: Path) -> None:
         assert sample.latents.dtype == np.float16
         np.testing.assert_array_equal(sample.latents, view.latents)
         np.testing.assert_array_equal(sample.image, view.image.transpose(2, 0, 1))
-        encoded = ShuffleAutoencoder(4).encode(torch.from_numpy(as_pixels(view.image))[None])[0]
+        encoded = ShuffleAutoencoder(4).encode(as_pixels(torch.from_numpy(sample.image))[None])[0]
         np.testing.assert_allclose(sample.latents, encoded.numpy(), atol=5e-4)
         np.testing.assert_array_equal(sample.labels, sample.query.label_map[view.mask])
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from digseg.data.latents import (
     LATENTS_CODE,
     LatentRecipe,
-    as_pixels,
     draw_views,
     pack_latents,
     unpack_latents,
     view_of,
 )
-from digseg.data.transforms import TransformSettings
+from digseg.data.transforms import TransformSettings, as_pixels
 
 PLAIN = TransformSettings(crop_size=16, short_side=24, scale=(1.0, 1.0), flip=True, upright=False, colour_jitter=0.0)
 RECIPE = LatentRecipe(
@@ -82,7 +82,7 @@ def test_view_depends_on_the_sample_the_seed_and_its_number_alone() -> None:
 
 def test_bytes_of_a_view_are_the_pixels_that_training_would_see() -> None:
     image, _ = striped()
-    pixels = as_pixels(image)
+    pixels = as_pixels(torch.from_numpy(image.transpose(2, 0, 1))).numpy()
     assert (pixels.min(), pixels.dtype, pixels.shape) == (-1, np.float32, (3, 24, 36))
     np.testing.assert_array_equal(np.rint((pixels + 1) * 127.5), image.transpose(2, 0, 1))
 

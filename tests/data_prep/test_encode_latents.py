@@ -20,7 +20,8 @@ from data_prep.encode_latents import main
 from digseg.cluster.runtime import ray_session
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import LATENT_MEMBER, load_manifest
-from digseg.data.latents import as_pixels, draw_views, unpack_latents
+from digseg.data.latents import draw_views, unpack_latents
+from digseg.data.transforms import as_pixels
 from digseg.errors import DigSegError
 from digseg.model.autoencoder import KLAutoencoder
 
@@ -77,7 +78,8 @@ def test_latents_are_the_encoding_of_the_views_beside_them(shards: Path, tmp_pat
             np.testing.assert_array_equal(kept.image, view.image)
             np.testing.assert_array_equal(kept.mask, view.mask)
             with torch.no_grad():
-                encoded = autoencoder.encode(torch.from_numpy(as_pixels(view.image))[None])[0].numpy()
+                levels = torch.from_numpy(view.image.transpose(2, 0, 1).copy())
+                encoded = autoencoder.encode(as_pixels(levels)[None])[0].numpy()
             np.testing.assert_allclose(unpack_latents(stored.member(LATENT_MEMBER)), encoded, rtol=2e-3, atol=1e-5)
 
 
