@@ -86,8 +86,7 @@ def find_duplicates(storage: Storage, manifests: Iterable[Manifest]) -> Duplicat
             try:
                 hashes = parse_hashes(storage.read(path), storage.url(path))
             except FileNotFoundError as error:
-                hint = "run data_prep/shard.py again to mend it"
-                raise DigSegError(f"{storage.url(path)} is missing; {hint}") from error
+                raise DigSegError(f"{storage.url(path)} is missing; run {manifest.job} again to mend it") from error
             finder.add(folder, hashes)
     return finder.find()
 

@@ -316,7 +316,7 @@ def parse_index(content: bytes, where: str) -> list[IndexEntry]:
     try:
         return [_entry(record) for record in json.loads(b"[%b]" % b",".join(content.splitlines()[1:]))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DigSegError(f"{where} is damaged ({error}); run data_prep/shard.py again to mend it") from error
+        raise DigSegError(f"{where} is damaged ({_reason(error)}); make the shards again") from error
 
 
 def _entry(record: dict[str, Any]) -> IndexEntry:
@@ -338,7 +338,7 @@ def parse_hashes(content: bytes, where: str) -> list[ImageHashes]:
     try:
         return [ImageHashes.model_validate_json(line) for line in content.splitlines()]
     except ValidationError as error:
-        raise DigSegError(f"{where} is damaged ({_reason(error)}); run data_prep/shard.py again to mend it") from error
+        raise DigSegError(f"{where} is damaged ({_reason(error)}); make the shards again") from error
 
 
 def shard_problems(storage: Storage, folder: str, shard: ShardEntry) -> Iterator[str]:

@@ -85,7 +85,7 @@ def mask_ceiling(predictor: Predictor, corpus: ShardedCorpus, samples: int = _CE
 
 def _evenly(corpus: ShardedCorpus, samples: int) -> Iterator[Sample]:
     shown = min(samples, len(corpus))
-    return (corpus.read(number * len(corpus) // shown) for number in range(shown))
+    return (corpus.must_read(number * len(corpus) // shown) for number in range(shown))
 
 
 def _facts(model: ReportedModel) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _model_view(model: ReportedModel, name: str, corpus: ShardedCorpus, question
         "confusion": _confusion(tally.confusion, corpus.manifest.vocabulary),
         "bins": [bin_ for bin_ in figures["reliability"] if bin_["accuracy"] is not None],
         "examples": [
-            _example(title, score, corpus.read(number), predictor, question, corpus)
+            _example(title, score, corpus.must_read(number), predictor, question, corpus)
             for title, number, score in _extremes(tally)
         ],
     }

@@ -133,7 +133,7 @@ def _rejected(root: str | Path, manifest: Manifest) -> list[Rejected]:
         return [Rejected.model_validate_json(line) for line in storage.read(path).splitlines()]
     except (ValueError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0]
-        raise DigSegError(f"{storage.url(path)} is damaged ({reason}); run data_prep/shard.py again") from error
+        raise DigSegError(f"{storage.url(path)} is damaged ({reason}); run {manifest.job} again") from error
 
 
 def _latents(recipe: LatentRecipe | None) -> str | None:

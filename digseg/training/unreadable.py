@@ -49,7 +49,7 @@ class UnreadableSamples:
         if len(self._known) > self._limit:
             last = f", the last: {met[max(met)]}" if met else ""
             raise DigSegError(
-                f"{len(self._known)} samples could not be read (data.max_corrupt is {self._limit}){last}; mend the "
-                "shards with data_prep/shard.py or raise data.max_corrupt"
+                f"{len(self._known)} samples could not be read (data.max_corrupt is {self._limit}){last}; make the "
+                "shards again, or raise data.max_corrupt"
             )
         return len(self._known)
