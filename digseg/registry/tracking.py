@@ -20,6 +20,7 @@ from digseg.errors import DigSegError
 from digseg.registry import lineage
 from digseg.registry.delivery import BATCH, Delivery, Opened
 from digseg.registry.store import StoreAwayError, artifact_location, connect, first_line, tracking_uri
+from digseg.training.files import write_whole
 
 RECORD_NAME = "mlflow_run.json"
 
@@ -207,10 +208,8 @@ class MlflowRun:
     def _save_record(self, run_id: str, ended: str | None = None) -> None:
         """Note the run's id, and how the run ended if the store does not know it yet."""
         self._record_path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._record_path.with_suffix(".tmp")
         record = {"run_id": run_id, "tracking_uri": self._uri, **({"ended": ended} if ended else {})}
-        partial.write_text(json.dumps(record, indent=1))
-        partial.replace(self._record_path)
+        write_whole(self._record_path, json.dumps(record, indent=1))
 
     def _last_steps(self) -> dict[str, int]:
         """The last step of each metric that the store has. The store is asked, not a note of what was sent to
