@@ -52,7 +52,8 @@ def test_run_that_goes_on_counts_from_where_it_was() -> None:
     assert after.share() == 1
     after.add({"b": "b is torn"})
     with pytest.raises(
-        DigSegError, match=r"2 samples could not be read \(data\.max_corrupt is 1\), the last: b is torn; make the shards again"
+        DigSegError,
+        match=r"2 samples could not be read \(data\.max_corrupt is 1\), the last: b is torn; make the shards again",
     ):
         after.share()
 
