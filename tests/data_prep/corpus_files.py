@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,12 @@ def noise_corpus(root: Path, images: int, height: int = 24, width: int = 32) -> 
     (root / f"masks/train/plot{images - 1}.png").unlink()
     (root / "classes.yaml").write_text("name: garden\nclasses: [path, grass]\ndomain: natural\nlicence: CC0-1.0\n")
     return root
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder, hidden ones too, by its path there."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

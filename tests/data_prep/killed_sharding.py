@@ -8,7 +8,6 @@ moment: the files below OUT and their digests, when the second run has ended.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -20,21 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import scipy.fftpack  # noqa: F401 - ImageHash imports it when first used, which would be in every child
+from corpus_files import digests
 
 from data_prep.shard import finish_split, plan_split
 from data_prep.shard_job import make_shard
 
 SAMPLES_PER_SHARD = 12
 CHANGING = ("open", "os.rename", "os.remove", "os.mkdir")
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file below a folder, hidden ones too, and its digest."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def shard(corpus: str, out: str) -> None:
@@ -78,7 +69,7 @@ def main(corpus: str, out: str) -> None:
         ended = in_a_child(disturbed)
         if not ended:
             assert in_a_child(lambda: shard(corpus, out))
-        print("\n" + json.dumps(contents(Path(out))), flush=True)
+        print("\n" + json.dumps(digests(Path(out))), flush=True)
         if ended:
             return
         shutil.rmtree(out)

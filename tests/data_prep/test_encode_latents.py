@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from corpus_files import digests
 from kl_autoencoder import write_kl_autoencoder
 from shard_writing import noise_samples, write_split
 from small_world import write_squares
@@ -48,14 +48,6 @@ def arguments(shards: Path, out: Path, **changes: object) -> list[str]:
     return [str(part) for option, value in options.items() if value is not None for part in (option, value)]
 
 
-def sha256s(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 @pytest.mark.cluster
 def test_latents_are_the_encoding_of_the_views_beside_them(shards: Path, tmp_path: Path, ray_running: None) -> None:
     out = tmp_path / "latents"
@@ -90,12 +82,12 @@ def test_encoding_twice_gives_identical_files_and_the_second_time_writes_nothing
     monkeypatch.chdir(tmp_path)
     main(arguments(Path("shards"), Path("one")))
     main(arguments(shards, tmp_path / "two"))
-    assert len(sha256s(tmp_path / "one")) == 11
-    assert sha256s(tmp_path / "one") == sha256s(tmp_path / "two")
+    assert len(digests(tmp_path / "one")) == 11
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
     capsys.readouterr()
     main(arguments(shards, tmp_path / "one"))
     assert "10 samples x 3 views in 3 shards (0 written, 3 verified)" in capsys.readouterr().out
-    assert sha256s(tmp_path / "one") == sha256s(tmp_path / "two")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 @pytest.mark.cluster
@@ -104,7 +96,7 @@ def test_only_what_is_damaged_or_made_otherwise_is_encoded_again(
 ) -> None:
     out = tmp_path / "latents"
     main(arguments(shards, out))
-    sound = sha256s(out)
+    sound = digests(out)
     victim = out / "squares/train/squares-train-000001.tar"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
@@ -112,11 +104,11 @@ def test_only_what_is_damaged_or_made_otherwise_is_encoded_again(
     capsys.readouterr()
     main(arguments(shards, out))
     assert "(1 written, 2 verified)" in capsys.readouterr().out
-    assert sha256s(out) == sound
+    assert digests(out) == sound
     write_kl_autoencoder(tmp_path / "sd", seed=1)
     main(arguments(shards, out))
     assert "(3 written, 0 verified)" in capsys.readouterr().out
-    changed = {name for name, digest in sha256s(out).items() if sound[name] != digest}
+    changed = {name for name, digest in digests(out).items() if sound[name] != digest}
     assert {Path(name).suffix for name in changed} == {".tar", ".idx", ".json"}
     assert len(changed) == 3 + 3 + 1
 
@@ -217,11 +209,11 @@ def test_bad_job_stops_with_its_message_before_it_writes(
 ) -> None:
     spoil, changes, message = BAD_JOBS[kind]
     spoil(tmp_path)
-    before = sha256s(tmp_path)
+    before = digests(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DigSegError, match=message):
         main(arguments(shards, Path("latents"), **changes))
-    assert sha256s(tmp_path) == before
+    assert digests(tmp_path) == before
 
 
 def test_mistake_ends_the_command_with_exit_code_2_and_no_traceback(shards: Path, tmp_path: Path) -> None:

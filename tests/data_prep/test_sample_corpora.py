@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_files import digests
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,11 +20,6 @@ IMAGES, SIZE = 15, 96
 DOMAINS = ["driving", "microscopy", "landcover", "fields", "town"]
 
 
-def hashes(root: Path) -> dict[str, str]:
-    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("drawn") / "corpora"
@@ -34,12 +29,12 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_number_of_workers_does_not_change_a_byte(drawn: Path, tmp_path: Path) -> None:
     draw_sample_corpora(tmp_path / "again", IMAGES, seed=3, size=SIZE, workers=2)
-    assert hashes(tmp_path / "again") == hashes(drawn)
+    assert digests(tmp_path / "again") == digests(drawn)
 
 
 def test_another_seed_draws_other_pictures(drawn: Path, tmp_path: Path) -> None:
     draw_sample_corpora(tmp_path / "other", 10, seed=4, size=SIZE, workers=1)
-    first, other = hashes(drawn / "landcover"), hashes(tmp_path / "other" / "landcover")
+    first, other = digests(drawn / "landcover"), digests(tmp_path / "other" / "landcover")
     assert not set(first.values()) & set(other.values())
 
 

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import re
 import resource
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_files import save, spoil_exif
+from corpus_files import digests, save, spoil_exif
 from PIL import Image
 
 from data_prep.shard import finish_split, plan_split, shard_corpus
@@ -46,14 +45,6 @@ def garden(tmp_path: Path) -> Path:
         mask[0] = 255
         Image.fromarray(mask).save(root / "masks" / f"plot{number}.png")
     return root
-
-
-def sha256s(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def shard(garden: Path, out: Path, **options: int | str) -> None:
@@ -148,8 +139,8 @@ def test_sharding_twice_gives_identical_files(garden: Path, tmp_path: Path, ray_
     for path in moved.rglob("*.png"):
         path.touch()
     shard(moved, tmp_path / "two")
-    assert len(sha256s(tmp_path / "one")) == 11
-    assert sha256s(tmp_path / "one") == sha256s(tmp_path / "two")
+    assert len(digests(tmp_path / "one")) == 11
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 @pytest.mark.cluster
@@ -172,7 +163,7 @@ def test_running_again_mends_exactly_what_is_damaged(
 ) -> None:
     out = tmp_path / "out"
     shard(garden, out)
-    sound = sha256s(out)
+    sound = digests(out)
     victim = out / "garden/train/garden-train-000001"
     if "index" in damage:
         victim = victim.with_suffix(".idx")
@@ -188,7 +179,7 @@ def test_running_again_mends_exactly_what_is_damaged(
         victim.unlink()
     capsys.readouterr()
     shard(garden, out)
-    assert sha256s(out) == sound
+    assert digests(out) == sound
     written = 0 if "manifest" in damage else 1
     assert f"({written} written, {3 - written} verified)" in capsys.readouterr().out
 
@@ -197,11 +188,11 @@ def test_running_again_mends_exactly_what_is_damaged(
 def test_changed_source_changes_its_shard_and_the_digest(garden: Path, tmp_path: Path, ray_running: None) -> None:
     out = tmp_path / "out"
     shard(garden, out)
-    before, files = load_manifest(out, "garden", "train"), sha256s(out)
+    before, files = load_manifest(out, "garden", "train"), digests(out)
     Image.fromarray(np.zeros((24, 32), np.uint8)).save(garden / "masks" / "plot1.png")
     shard(garden, out)
     assert load_manifest(out, "garden", "train").digest != before.digest
-    changed = {name for name, digest in sha256s(out).items() if files[name] != digest}
+    changed = {name for name, digest in digests(out).items() if files[name] != digest}
     assert len([name for name in changed if name.endswith(".tar")]) == 1
 
 
@@ -210,7 +201,7 @@ def test_smaller_corpus_leaves_no_old_shards_behind(garden: Path, tmp_path: Path
     shard(garden, tmp_path / "out", samples_per_shard=1)
     shard(garden, tmp_path / "out", samples_per_shard=8)
     shard(garden, tmp_path / "fresh", samples_per_shard=8)
-    assert sha256s(tmp_path / "out") == sha256s(tmp_path / "fresh")
+    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
 
 
 @pytest.mark.cluster

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from corpus_files import noise_corpus
-from killed_sharding import contents
+from corpus_files import digests, noise_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES = 24
@@ -54,13 +53,13 @@ def test_job_killed_ten_times_ends_with_the_bytes_of_an_undisturbed_one(garden: 
     job = [sys.executable, "data_prep/shard.py", "--corpus", "folder", "--root", str(garden), "--split", "train"]
     job += ["--samples-per-shard", "1", "--out"]
     subprocess.run([*job, str(tmp_path / "calm")], cwd=REPOSITORY, env=environment(), check=True)
-    calm = contents(tmp_path / "calm")
+    calm = digests(tmp_path / "calm")
     # So few that the last of the jobs still has work to do when it is killed.
     moments = random.Random(0)
     for _ in range(KILLS):
         _kill_after(moments.randint(1, len(calm) // (2 * KILLS)), job, tmp_path / "out")
     subprocess.run([*job, str(tmp_path / "out")], cwd=REPOSITORY, env=environment(), check=True)
-    assert contents(tmp_path / "out") == calm
+    assert digests(tmp_path / "out") == calm
 
 
 def _kill_after(new_files: int, job: list[str], out: Path) -> None:

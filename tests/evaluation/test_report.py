@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -134,14 +133,6 @@ def test_the_ceiling_is_one_at_the_images_own_size_and_falls_with_the_working_si
     assert ceilings == sorted(ceilings)
     assert ceilings[0] < 0.9
     assert ceilings[2] == pytest.approx(1, abs=0.01)
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no Chromium or Chrome on PATH")
-    return program
 
 
 @pytest.mark.browser

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -106,10 +105,7 @@ def test_damaged_sample_is_named_with_what_mends_it(root: Path) -> None:
 
 
 @pytest.mark.browser
-def test_browser_draws_samples_masks_and_bars(root: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium or google-chrome on PATH")
+def test_browser_draws_samples_masks_and_bars(root: Path, browser: str) -> None:
     (root / "page.html").write_text(shard_page(root), encoding="utf-8")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,2400"]
     command += [f"--user-data-dir={root / 'profile'}", f"--screenshot={root / 'page.png'}", f"file://{root}/page.html"]

@@ -7,8 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from shard_writing import damage_samples, data_config, noise_samples, write_split
 
 from digseg.data.loader import training_batches
@@ -61,18 +60,15 @@ def test_run_that_goes_on_counts_from_where_it_was() -> None:
 @pytest.mark.cluster
 def test_two_ranks_count_alike_and_stop_together_where_one_would(root: Path, tmp_path: Path) -> None:
     alone = _counts(root, World())
-    mp.spawn(_count_rank, (str(root), str(tmp_path)), nprocs=2)
+    run_ranks(_count_rank, 2, tmp_path, root, tmp_path)
     assert "samples could not be read (data.max_corrupt is 8)" in alone[-1]
     assert 2 < len(alone) < STEPS
     for rank in range(2):
         assert json.loads((tmp_path / str(rank)).read_text()) == alone
 
 
-def _count_rank(rank: int, root: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    counts = _counts(Path(root), World(rank=rank, world_size=2))
-    (Path(folder) / str(rank)).write_text(json.dumps(counts))
-    dist.destroy_process_group()
+def _count_rank(world: World, root: Path, folder: Path) -> None:
+    (folder / str(world.rank)).write_text(json.dumps(_counts(root, world)))
 
 
 def _counts(root: Path, world: World) -> list[str]:
