@@ -52,7 +52,9 @@ def start_head(folder: Path, environment: Mapping[str, str], num_cpus: int = 2) 
         )  # fmt: skip
     dashboard = f"http://127.0.0.1:{dashboard_port}"
     try:
-        _wait_until_up(f"{dashboard}/api/version", auth["RAY_AUTH_TOKEN"], head, folder / "ray_head.log")
+        # A job is taken as soon as both answer: the dashboard hands it to the agent, which starts after it.
+        for url in (f"{dashboard}/api/version", f"http://127.0.0.1:{agent_port}/api/healthz"):
+            _wait_until_up(url, auth["RAY_AUTH_TOKEN"], head, folder / "ray_head.log")
         yield RayHead(dashboard, f"127.0.0.1:{port}", {**auth, "RAY_API_SERVER_ADDRESS": dashboard})
     finally:
         # --block ends with all that it started; the group is the head's own, so what is left of it goes too.
@@ -66,11 +68,13 @@ def start_head(folder: Path, environment: Mapping[str, str], num_cpus: int = 2) 
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
+    """Ports nobody listens on, below those that Linux gives to outgoing connections and above Ray's own workers'."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = 20_000 + secrets.randbelow(12_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.add(port)
+    return list(ports)
 
 
 def _wait_until_up(url: str, token: str, head: subprocess.Popen[bytes], log: Path) -> None:
