@@ -2,27 +2,23 @@
 
 from digseg.config.gate import Gate
 from digseg.config.load import base_directory, dump_config, load_config, load_section
+from digseg.config.model import AutoencoderConfig, ModelConfig, PathwayConfig, TextConfig, UNetConfig
 from digseg.config.protocol import Protocol
 from digseg.config.schema import (
-    AutoencoderConfig,
     ClusterConfig,
     Config,
     CorpusSplit,
     DataConfig,
     EvaluationConfig,
     MixtureEntry,
-    ModelConfig,
     ObjectiveConfig,
-    PathwayConfig,
     PrepareConfig,
     PrepareCorpus,
     QueriesConfig,
     RunConfig,
     SampleCorporaConfig,
-    TextConfig,
     TrackingConfig,
     TrainingConfig,
-    UNetConfig,
 )
 
 __all__ = [

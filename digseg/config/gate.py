@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from digseg.config.schema import Location, Section
+from digseg.config.section import Location, Section
 
 
 class Gate(Section):

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from digseg.config.schema import Config, is_location
+from digseg.config.schema import Config
+from digseg.config.section import is_location
 from digseg.errors import DigSegError, nearest
 
 SectionT = TypeVar("SectionT", bound=BaseModel)

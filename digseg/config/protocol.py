@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from digseg.config.schema import Section
+from digseg.config.section import Section
 
 
 class Protocol(Section):
