@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -83,11 +84,12 @@ class SegmenterLoss(nn.Module):
         }
 
 
-def lowered_precision(precision: str, device: torch.device) -> torch.autocast:
-    """Autocast to what ``training.precision`` means on ``device``; without effect for fp32."""
+def lowered_precision(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """Autocast to what ``training.precision`` means on ``device``; nothing for fp32."""
     resolved = resolve_precision(precision, device)
-    dtype = torch.float16 if resolved == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=resolved != "fp32")
+    if resolved == "fp32":  # on every device, those without autocast too
+        return nullcontext()
+    return torch.autocast(device.type, torch.float16 if resolved == "fp16" else torch.bfloat16)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -1,0 +1,81 @@
+"""What a training step computes, from the shapes of the model alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from digseg.config import AutoencoderConfig, Config
+from digseg.data.loader import Batch
+from digseg.model.autoencoder import Autoencoder, KLAutoencoder, build_autoencoder
+from digseg.model.palette import MAX_COLOURS
+from digseg.model.segmenter import Segmenter
+from digseg.model.training_module import SegmenterLoss
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFlops:
+    """Floating-point operations for one image: those of matrix products, convolutions and attention, a multiplication
+    and an addition counting as two."""
+
+    forward: int
+    training: int  # forward and backward pass
+
+
+def image_flops(config: Config, text_dim: int, num_classes: int) -> ImageFlops:
+    """Count for a training crop whose query has ``num_classes`` slots; on the meta device, so nothing is computed.
+
+    Encoding the image counts where its latents are not stored. The U-Net's share is the model's, whatever is computed
+    again to save memory.
+
+    Args:
+        text_dim: entries of a class name's embedding.
+    """
+    plain = config.training.model_copy(update={"precision": "fp32"})  # which has no influence on the count
+    with torch.device("meta"):
+        autoencoder = _autoencoder(config.model.autoencoder)
+        segmenter = Segmenter(config.model, text_dim, autoencoder)
+        names = torch.empty(num_classes, text_dim)
+        batch = _one_image(config, autoencoder, num_classes)
+    loss = SegmenterLoss(segmenter, config.model_copy(update={"training": plain}), names).to("meta")
+    with FlopCounterMode(display=False) as forward:
+        value = loss(batch)["loss"]
+    with FlopCounterMode(display=False) as backward:
+        value.backward()
+    return ImageFlops(forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops())
+
+
+def _autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """The autoencoder's shapes, without its weights."""
+    if config.type == "shuffle":
+        return build_autoencoder(config)
+    from diffusers import AutoencoderKL
+
+    assert config.path is not None  # the schema requires it
+    return _KLShapes(AutoencoderKL.from_config(AutoencoderKL.load_config(config.path, local_files_only=True)))
+
+
+class _KLShapes(KLAutoencoder):
+    """One that has its palette's latents already: they are computed once a run."""
+
+    def _encoded_palette(self, device: torch.device) -> torch.Tensor:
+        return torch.empty(MAX_COLOURS, self.channels, device=device)
+
+
+def _one_image(config: Config, autoencoder: Autoencoder, num_classes: int) -> Batch:
+    side = config.data.crop_size
+    cells = side // autoencoder.factor
+    slots = torch.zeros(1, num_classes, dtype=torch.int64)
+    return Batch(
+        images=torch.empty(1, 3, side, side),
+        labels=torch.zeros(1, side, side, dtype=torch.int64),
+        query_ids=slots,
+        colour_ids=slots,
+        class_weights=torch.ones(1, num_classes),
+        positions=torch.zeros(1, dtype=torch.int64),
+        latents=None if config.data.latents is None else torch.empty(1, autoencoder.channels, cells, cells),
+        keys=[""],
+        corrupt={},
+    )
