@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from digseg import __version__
 from digseg.cli_models import TRACKING_URI_HELP, add_models, add_promote
+from digseg.cli_prediction import add_prediction_options, prediction_settings
 from digseg.console import say
 from digseg.errors import DigSegError, run_main
 
@@ -44,14 +45,14 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory")
-    parser.add_argument("--classes", required=True, help='names, separated by commas: "road, car, sky"')
+    classes = parser.add_mutually_exclusive_group(required=True)
+    classes.add_argument("--classes", help='names, perhaps with synonyms: "road=street|lane, car, sky"')
+    classes.add_argument("--classes-file", type=Path, metavar="FILE", help="YAML or JSON, such as an earlier legend")
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     parser.add_argument("--background", action="store_true", help="add a class for everything not named")
     parser.add_argument("--tracking-uri", help=TRACKING_URI_HELP)
-    parser.add_argument(
-        "--short-side", type=int, metavar="PX", help="size that images are segmented at (default: the model's)"
-    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    add_prediction_options(parser)
     parser.set_defaults(run=_predict)
 
 
@@ -80,14 +81,13 @@ def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from digseg.evaluation.classes import check_classes, split_classes
+    from digseg.evaluation.classes import check_classes, parse_classes, read_classes
     from digseg.serving.predictor import check_files, predict_files
 
-    classes = split_classes(options.classes)
-    check_classes(classes, options.background, max_classes=255)
-    if options.short_side is not None and options.short_side < 16:
-        raise DigSegError(f"--short-side is {options.short_side}; it must be at least 16 pixels")
-    check_files(options.images, options.out)
+    given = read_classes(options.classes_file) if options.classes_file else parse_classes(options.classes)
+    classes = check_classes(given, options.background)
+    settings = prediction_settings(options)
+    check_files(options.images, options.out, windowed=settings.window is not None)
 
     # Cheapest first: what the user got wrong is said before torch, diffusers and MLflow are loaded.
     from digseg.registry.models import resolve
@@ -96,8 +96,8 @@ def _predict(options: argparse.Namespace) -> None:
 
     from digseg.evaluation.inference import Predictor
 
-    predictor = Predictor.load(directory, _device(options.device), options.short_side)
-    files = predict_files(predictor, reference, options.images, classes, options.out, options.background)
+    predictor = Predictor.load(directory, _device(options.device), settings)
+    files = predict_files(predictor, reference, options.images, classes, options.out)
     say(f"{reference.uri}: {len(options.images)} images segmented, {len(files)} files in {options.out}")
 
 

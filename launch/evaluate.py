@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from digseg.cli_prediction import add_prediction_options, prediction_settings
 from digseg.config import Config, Protocol, base_directory, load_config, load_section
 from digseg.config.schema import ClusterConfig
 from digseg.console import say
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for option, path in (("--out", options.out), ("--report", options.report)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise DigSegError(f"{option} {path}: give the name of a file in a folder that exists")
+    prediction = prediction_settings(options)
     protocol = find_protocol(options.protocol)
     corpora = choose_splits(root, options.split, options.corpora)
     synonyms = _synonyms(options.synonyms, config, corpora)
@@ -63,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         corpora,
         protocol,
         synonyms,
+        prediction=prediction,
         oracle=options.oracle,
         kept=StoredTallies(base_directory() / options.kept),
         cluster=config.cluster if config else ClusterConfig(workers=1),
@@ -107,7 +110,7 @@ def _report(
     if options.report is None and not logged:
         return
     reported = [
-        ReportedModel(Predictor.load(directory), result, evaluation.tallies)
+        ReportedModel(Predictor.load(directory, settings=prediction_settings(options)), result, evaluation.tallies)
         for (directory, _), result, evaluation in zip(models, results, evaluations, strict=True)
     ]
     page = report_page(reported, evaluations[0].splits, comparisons, results[0]["data"])
@@ -213,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kept", default=KEPT, metavar="DIR", help=f"where counts are kept (default: {KEPT})")
     parser.add_argument("--no-log", action="store_true", help="do not log to the model's MLflow run")
     parser.add_argument("--num-gpus", type=float, default=0, help="share of a GPU for each task (default: CPUs)")
+    add_prediction_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of --config")
     return parser
 

@@ -15,7 +15,7 @@ import torch
 
 from digseg.cluster.runtime import ray_session
 from digseg.cluster.tasks import fan_out
-from digseg.config import Protocol
+from digseg.config import PredictionConfig, Protocol
 from digseg.config.schema import ClusterConfig
 from digseg.console import say
 from digseg.data.corpus import ShardedCorpus
@@ -49,6 +49,7 @@ def evaluate_models(
     protocol: Protocol | None = None,
     synonyms: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     *,
+    prediction: PredictionConfig | None = None,
     oracle: bool = False,
     kept: StoredTallies | None = None,
     cluster: ClusterConfig | None = None,
@@ -63,13 +64,14 @@ def evaluate_models(
         corpora: (corpus, split) pairs, of which the protocol may leave some out.
         synonyms: wordings beside the protocol's: corpus -> class -> wordings; the corpus is evaluated again with that
             one class renamed.
+        prediction: how the models are asked; the result says so.
         oracle: ask each image only for the classes that are in its ground truth; the result says so.
         kept: where counts are kept as they come; what is there already is not done again.
         num_gpus: share of a GPU that each task gets; 0 predicts on CPUs.
 
     Returns:
-        For each model, as `result`: `{"protocol", "oracle", "mean_iou", "interval", "corpora": {name: see
-        digseg.evaluation.figures.corpus_figures}, "synonyms": {name: {class: {wording: IoU}}}}`. The name is
+        For each model, as `result`: `{"protocol", "oracle", "prediction", "mean_iou", "interval", "corpora": {name:
+        see digseg.evaluation.figures.corpus_figures}, "synonyms": {name: {class: {wording: IoU}}}}`. The name is
         `corpus/split` where several splits of one corpus are evaluated. `mean_iou` is the mean of the corpora's mIoU.
 
     Raises:
@@ -78,19 +80,20 @@ def evaluate_models(
     """
     if not corpora:
         raise DigSegError("no corpus to evaluate was named")
-    protocol = protocol or Protocol()
+    protocol, prediction = protocol or Protocol(), prediction or PredictionConfig()
     cards = [read_card(directory) for directory in model_dirs]
     manifests = [ShardedCorpus(data_root, name, split).manifest for name, split in corpora]
     splits = ask(protocol, manifests, cards, synonyms, oracle)
     models = [_Model(directory_digest(path), path) for path in model_dirs]
-    pieces = list(_pieces(models, str(data_root), splits, num_gpus > 0))
+    pieces = list(_pieces(models, str(data_root), splits, prediction, num_gpus > 0))
     tallies = {
         place: Tally.joined((tally for _, tally in group), len(splits[place[1]].manifest.vocabulary))
         for place, group in groupby(
             _counted(pieces, kept, cluster, num_gpus), key=lambda piece_and_tally: piece_and_tally[0].place
         )
     }
-    return [_evaluation(protocol, oracle, splits, tallies, number, card) for number, card in enumerate(cards)]
+    asked = {"protocol": protocol.name, "oracle": oracle, "prediction": prediction.model_dump(mode="json")}
+    return [_evaluation(asked, splits, tallies, number, card) for number, card in enumerate(cards)]
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class _Piece:
     place: tuple[int, int, int]  # number of the model, of the split, of the question
     model: _Model
     question: Question
+    prediction: PredictionConfig
     root: str
     corpus: str
     split: str
@@ -127,12 +131,15 @@ class _Piece:
                 "samples": [self.start, self.stop],
                 "names": list(self.question.names),
                 "oracle": self.question.oracle,
+                "prediction": self.prediction.model_dump(mode="json"),
                 "device": "cuda" if self.on_gpu else "cpu",
             }
         )
 
 
-def _pieces(models: Sequence[_Model], root: str, splits: Sequence[AskedSplit], on_gpu: bool) -> Iterator[_Piece]:
+def _pieces(
+    models: Sequence[_Model], root: str, splits: Sequence[AskedSplit], prediction: PredictionConfig, on_gpu: bool
+) -> Iterator[_Piece]:
     """In the order of models first: a worker then changes its model as seldom as possible."""
     for model_number, model in enumerate(models):
         for split_number, asked in enumerate(splits):
@@ -142,6 +149,7 @@ def _pieces(models: Sequence[_Model], root: str, splits: Sequence[AskedSplit], o
                         place=(model_number, split_number, question_number),
                         model=model,
                         question=question,
+                        prediction=prediction,
                         root=root,
                         corpus=asked.manifest.corpus,
                         split=asked.manifest.split,
@@ -209,7 +217,8 @@ def _count(task: tuple[_Piece, _Files]) -> Tally:
     predictor = _predictor(files, "cuda" if piece.on_gpu and torch.cuda.is_available() else "cpu")
     corpus = ShardedCorpus(piece.root, piece.corpus, piece.split)
     samples = range(piece.start, piece.stop)
-    return count_samples(predictor.for_corpus(piece.corpus), corpus, samples, piece.question)
+    asked = predictor.with_settings(piece.prediction).for_corpus(piece.corpus)
+    return count_samples(asked, corpus, samples, piece.question)
 
 
 @lru_cache(maxsize=1)
@@ -229,8 +238,7 @@ def _packed(model_dir: Path) -> dict[str, bytes]:
 
 
 def _evaluation(
-    protocol: Protocol,
-    oracle: bool,
+    asked: Mapping[str, Any],
     splits: Sequence[AskedSplit],
     tallies: Mapping[tuple[int, int, int], Tally],
     model_number: int,
@@ -247,5 +255,5 @@ def _evaluation(
         for question_number, (label, wording) in enumerate(split.renamings, start=1):
             tally, number = tallies[model_number, split_number, question_number], split.manifest.vocabulary.index(label)
             synonyms.setdefault(name, {}).setdefault(label, {})[wording] = class_figure(tally, number)
-    result = {"protocol": protocol.name, "oracle": oracle, **mean_figures(plain, corpora)}
+    result = {**asked, **mean_figures(plain, corpora)}
     return Evaluation({**result, "corpora": corpora, "synonyms": synonyms}, plain, named)

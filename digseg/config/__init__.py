@@ -1,8 +1,9 @@
 """The one typed configuration of a run."""
 
 from digseg.config.gate import Gate
-from digseg.config.load import base_directory, dump_config, load_config, load_section
+from digseg.config.load import base_directory, dump_config, load_config, load_section, section_of_options
 from digseg.config.model import AutoencoderConfig, ModelConfig, PathwayConfig, TextConfig, UNetConfig
+from digseg.config.prediction import PredictionConfig
 from digseg.config.protocol import Protocol
 from digseg.config.schema import (
     ClusterConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "PathwayConfig",
+    "PredictionConfig",
     "PrepareConfig",
     "PrepareCorpus",
     "Protocol",
@@ -47,4 +49,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "load_section",
+    "section_of_options",
 ]

@@ -46,6 +46,15 @@ def load_section(path: str | Path, kind: type[SectionT]) -> SectionT:
     return _with_absolute_locations(_validated(kind, _read_with_parents(Path(path), seen=()), str(path)))
 
 
+def section_of_options(kind: type[SectionT], values: Mapping[str, Any]) -> SectionT:
+    """A section whose fields are options of a command; those that are None were not given.
+
+    Raises:
+        DigSegError: a value that the field does not take.
+    """
+    return _validated(kind, {name: value for name, value in values.items() if value is not None}, "options")
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -40,8 +40,8 @@ def decode_image(content: bytes, where: str) -> NDArray[np.uint8]:
         raise DigSegError(f"{where}: damaged image ({error}); it cannot be decoded to its end") from None
 
 
-def png_bytes(mask: NDArray[np.uint8]) -> bytes:
-    """A mask [H, W] as an 8-bit greyscale PNG of its ids."""
+def png_bytes(mask: NDArray[np.uint8 | np.uint16]) -> bytes:
+    """A mask [H, W] as a greyscale PNG of its ids, with as many bits as it has."""
     buffer = io.BytesIO()
     Image.fromarray(mask).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -90,7 +90,7 @@ def overlay(
     The legend names each class with its share of the image; a class that takes no pixel is muted.
     """
     scale = max(1, round(900 / max(image.shape[:2])))
-    tinted = (1 - opacity) * image + opacity * paint(mask, classes)
+    tinted = np.float32(1 - opacity) * image + np.float32(opacity) * paint(mask, classes, ignore_id=-1)
     picture = Image.fromarray(tinted.round().astype(np.uint8))
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -64,9 +65,14 @@ class LoadedModel:
     text_encoder: TextEncoder
     text_mean: Tensor  # float32 [D]
 
-    def embed(self, names: Sequence[str]) -> Tensor:
-        """Standardised embeddings ``[K, D]`` of any class names."""
-        return standardise(self.text_encoder.encode(names), self.text_mean)
+    def embed(self, classes: Sequence[Sequence[str]]) -> Tensor:
+        """Standardised embeddings ``[K, D]`` of K classes, each in one or more wordings, whose directions are averaged.
+
+        Radford et al. 2021, "Learning transferable visual models from natural language supervision", section 3.1.4.
+        """
+        raw = self.text_encoder.encode([wording for wordings in classes for wording in wordings])
+        parts = torch.split(raw, [len(wordings) for wordings in classes])
+        return standardise(torch.stack([F.normalize(part.mean(0), dim=0) for part in parts]), self.text_mean)
 
     def colours(self, num_classes: int) -> Tensor:
         """The first colours of the palette, ``[K, 3]``."""

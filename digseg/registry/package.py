@@ -111,6 +111,7 @@ def signature() -> ModelSignature:
             [
                 ParamSpec("background", DataType.boolean, default=False),
                 ParamSpec("probabilities", DataType.boolean, default=False),
+                ParamSpec("prediction", DataType.string, default="{}"),
             ]
         ),
     )

@@ -11,20 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from digseg.console import progress
 from digseg.errors import DigSegError
+from digseg.evaluation.classes import ClassQuery, ids_type
 from digseg.evaluation.colours import class_colours
-from digseg.evaluation.images import png_bytes, read_image
+from digseg.evaluation.images import read_image
 from digseg.evaluation.picture import overlay
+from digseg.evaluation.pixels import ArrayPixels, FilePixels, Pixels, write_mask
 
 if TYPE_CHECKING:  # heavy, and not needed to check files
-    from digseg.evaluation.inference import Prediction, Predictor
+    from digseg.evaluation.inference import Predictor
     from digseg.registry.models import ModelRef
 
+_OVERLAY_SIDE = 2000  # px, of the longer side: larger images are shown smaller
 
-def check_files(images: Sequence[Path], out: Path) -> None:
-    """Refuse what cannot succeed before anything is loaded or written; decodes every image to its end.
+
+def check_files(images: Sequence[Path], out: Path, windowed: bool = False) -> None:
+    """Refuse what cannot succeed before anything is loaded or written; decodes every image to its end, unless it will
+    be read window by window.
 
     Raises:
         DigSegError: no image, one that cannot be read, two whose results would have the same name, or an
@@ -41,21 +47,25 @@ def check_files(images: Sequence[Path], out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise DigSegError(f"--out {out} is a file; name a folder")
     for path in images:
-        read_image(path)
+        open_pixels(path, windowed)
+
+
+def open_pixels(path: Path, windowed: bool) -> Pixels:
+    """The pixels of an image file: decoded whole, or piece by piece if it is ``windowed``."""
+    return FilePixels(path) if windowed else ArrayPixels(read_image(path))
 
 
 def predict_files(
     predictor: Predictor,
     model: ModelRef,
     images: Sequence[Path],
-    classes: Sequence[str],
+    classes: Sequence[ClassQuery],
     out: Path,
-    background: bool = False,
 ) -> list[Path]:
     """Segment image files into `out`: for each one, named by its stem,
 
-    `STEM.mask.png`     8-bit ids, of the image's size
-    `STEM.legend.json`  id, name, colour and share of each class, and the model that said so
+    `STEM.mask.png`     8-bit ids (16-bit above 255 classes), of the image's size
+    `STEM.legend.json`  id, name, synonyms, colour and share of each class, and the model that said so
     `STEM.overlay.png`  the image tinted with the classes' colours
 
     The files appear together at the end: an error leaves none behind.
@@ -66,7 +76,8 @@ def predict_files(
     Raises:
         DigSegError: as `check_files` and `Predictor.predict` say.
     """
-    check_files(images, out)
+    windowed = predictor.settings.window is not None
+    check_files(images, out, windowed)
     existed = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -76,12 +87,7 @@ def predict_files(
     try:
         with progress("predicting", total=len(images), unit="images") as bar:
             for path in images:
-                image = read_image(path)
-                prediction = predictor.predict(image, classes, background)
-                (work / f"{path.stem}.mask.png").write_bytes(png_bytes(prediction.mask))
-                described = legend(path, prediction, model)
-                (work / f"{path.stem}.legend.json").write_text(json.dumps(described, indent=2) + "\n")
-                overlay(image, prediction.mask, prediction.classes).save(work / f"{path.stem}.overlay.png")
+                _predict_file(predictor, model, path, open_pixels(path, windowed), classes, work)
                 bar.advance()
         return [file.replace(out / file.name) for file in sorted(work.iterdir())]
     finally:
@@ -90,11 +96,40 @@ def predict_files(
             out.rmdir()
 
 
-def legend(path: Path, prediction: Prediction, model: ModelRef) -> dict[str, Any]:
+def _predict_file(
+    predictor: Predictor, model: ModelRef, path: Path, pixels: Pixels, classes: Sequence[ClassQuery], folder: Path
+) -> None:
+    names = [query.name for query in classes]
+    with tempfile.TemporaryFile(dir=folder) as file:
+        # On disk: the mask of a large image need not fit into memory.
+        shape, kind = (pixels.height, pixels.width), ids_type(len(classes))
+        mask: NDArray[np.uint8 | np.uint16] = np.memmap(file, kind, "w+", shape=shape)
+        predictor.predict_mask(pixels, classes, mask)
+        write_mask(mask, folder / f"{path.stem}.mask.png")
+        described = legend(path, mask, classes, model)
+        (folder / f"{path.stem}.legend.json").write_text(json.dumps(described, indent=2) + "\n")
+        small = pixels.thumbnail(_OVERLAY_SIDE)
+        overlay(small, _nearest(mask, *small.shape[:2]), names).save(folder / f"{path.stem}.overlay.png")
+
+
+def _nearest(mask: NDArray[np.uint8 | np.uint16], height: int, width: int) -> NDArray[np.uint8 | np.uint16]:
+    """The mask at another size: of each pixel the value at its middle."""
+    rows, columns = (
+        ((np.arange(small) + 0.5) * full / small).astype(np.int64)
+        for small, full in zip((height, width), mask.shape, strict=True)
+    )
+    return mask[np.ix_(rows, columns)]
+
+
+def legend(
+    path: Path, mask: NDArray[np.uint8 | np.uint16], classes: Sequence[ClassQuery], model: ModelRef
+) -> dict[str, Any]:
     """What the ids of a mask mean, as plain JSON values."""
-    height, width = prediction.mask.shape
-    pixels = np.bincount(prediction.mask.ravel(), minlength=len(prediction.classes))
-    colours = class_colours(prediction.classes)
+    height, width = mask.shape
+    pixels = np.zeros(len(classes), np.int64)
+    for row in mask:  # counting makes 64-bit numbers of all that it is given
+        pixels += np.bincount(row, minlength=len(classes))
+    colours = class_colours([query.name for query in classes])
     return {
         "image": path.name,
         "mask": f"{path.stem}.mask.png",
@@ -103,12 +138,13 @@ def legend(path: Path, prediction: Prediction, model: ModelRef) -> dict[str, Any
         "classes": [
             {
                 "id": number,
-                "name": name,
+                "name": query.name,
+                "synonyms": list(query.synonyms),
                 "colour": "#{:02x}{:02x}{:02x}".format(*colours[number]),
                 "pixels": int(pixels[number]),
                 "share": round(int(pixels[number]) / (height * width), 6),
             }
-            for number, name in enumerate(prediction.classes)
+            for number, query in enumerate(classes)
         ],
         "model": model.as_json(),
     }

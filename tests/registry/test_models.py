@@ -22,7 +22,9 @@ from mlflow_server import MlflowServer
 from PIL import Image
 from small_world import VOCABULARY, World, picture_bytes
 
+from digseg.config import PredictionConfig
 from digseg.errors import DigSegError
+from digseg.evaluation.classes import ClassQuery
 from digseg.evaluation.images import decode_image
 from digseg.evaluation.inference import Predictor
 from digseg.registry.lineage import directory_digest, mapping_digest
@@ -217,6 +219,19 @@ def test_probabilities_come_when_asked_for(world: World, model: mlflow.pyfunc.Py
     with Image.open(io.BytesIO(base64.b64decode(full["mask_png"][0]))) as mask:
         agreement = (np.array(mask) == probabilities[0].argmax(0)).mean()
     assert agreement > 0.99  # float16 may tie
+
+
+def test_the_way_of_asking_is_a_parameter(world: World, model: mlflow.pyfunc.PyFuncModel) -> None:
+    table = pd.DataFrame({"image": [PICTURE], "classes": ["road=street, car, sky"]})
+    answer = model.predict(table, params={"prediction": '{"classes_per_pass": 1}'})
+    predictor = Predictor.load(world.model_dir, settings=PredictionConfig(classes_per_pass=1))
+    expected = predictor.predict(decode_image(PICTURE, "x"), [ClassQuery("road", ("street",)), "car", "sky"])
+    assert answer["classes"][0] == ["road", "car", "sky"]
+    with Image.open(io.BytesIO(base64.b64decode(answer["mask_png"][0]))) as mask:
+        np.testing.assert_array_equal(np.array(mask), expected.mask)
+    for text, message in (("{", "not JSON"), ("[]", "expected a JSON object"), ('{"a": 1}', "a: unknown key")):
+        with pytest.raises(DigSegError, match=message):
+            model.predict(table, params={"prediction": text})
 
 
 def test_bad_rows_are_named(model: mlflow.pyfunc.PyFuncModel) -> None:

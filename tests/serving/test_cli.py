@@ -80,6 +80,28 @@ def test_predict_writes_mask_legend_and_overlay(world: World, picture: Path, tmp
         assert overlay.width >= 900
 
 
+def test_a_legend_with_synonyms_asks_the_same_again(world: World, picture: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    main([*_predict(world, first, picture, classes="road=street|lane, car, sky"), "--classes-per-pass", "1"])
+    legend = json.loads((first / "street.legend.json").read_text())
+    assert [entry["synonyms"] for entry in legend["classes"]] == [["street", "lane"], [], []]
+    command = ["predict", "--model", str(world.model_dir), "--classes-file", str(first / "street.legend.json")]
+    main([*command, "--classes-per-pass", "1", "--out", str(again), str(picture)])
+    assert (again / "street.mask.png").read_bytes() == (first / "street.mask.png").read_bytes()
+
+
+def test_wrong_settings_are_refused(
+    world: World, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option, value, message in (
+        ("--short-side", "5", "short_side: got 5"),
+        ("--classes-per-pass", "8", "a pass of this model holds 8 classes"),
+        ("--template", "a photo", "needs one {}"),
+    ):
+        assert message in _refused([*_predict(world, tmp_path / "out", picture), option, value], capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_queries_are_refused(
     world: World, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,7 +111,7 @@ def test_wrong_queries_are_refused(
         (" ", "no classes given"),
         ("road,,car", "class 2 of 3 is an empty name"),
         ("road, car, Road", "class names given twice: road"),
-        (", ".join(f"kind {number}" for number in range(9)), "9 classes, but one query of this model holds 8"),
+        ("road=, car", "class 'road' has an empty synonym"),
     ):
         assert message in _refused(_predict(world, out, picture, classes=classes), capsys)
     for model, message in (
@@ -128,7 +150,7 @@ def test_a_failure_on_the_way_leaves_nothing_behind(
 ) -> None:
     other = tmp_path / "field.png"
     other.write_bytes(picture_bytes(seed=1))
-    real, calls = Predictor.predict, []
+    real, calls = Predictor.predict_mask, []
 
     def failing(*arguments: object, **options: object) -> object:
         calls.append(1)
@@ -136,7 +158,7 @@ def test_a_failure_on_the_way_leaves_nothing_behind(
             raise DigSegError("the second image cannot be segmented")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(Predictor, "predict", failing)
+    monkeypatch.setattr(Predictor, "predict_mask", failing)
     with pytest.raises(DigSegError, match="the second image"):
         main(_predict(world, tmp_path / "out", picture, other))
     assert not (tmp_path / "out").exists()

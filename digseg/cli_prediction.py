@@ -1,0 +1,42 @@
+"""The options of commands that predict: one for each field of `digseg.config.PredictionConfig`."""
+
+from __future__ import annotations
+
+import argparse
+
+from digseg.config import PredictionConfig, section_of_options
+
+
+def add_prediction_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options to a command."""
+    group = parser.add_argument_group("how the model is asked")
+    group.add_argument(
+        "--short-side", type=int, metavar="PX", help="size that images are segmented at (default: the model's)"
+    )
+    group.add_argument(
+        "--classes-per-pass",
+        type=int,
+        metavar="N",
+        help="classes asked in one pass beside the background; 1: each alone (default: as many as fit)",
+    )
+    group.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help='wording of a class, such as "a photo of a {}"; may be repeated, which averages (default: "{}")',
+    )
+    group.add_argument(
+        "--window", type=int, metavar="PX", help="cut images into overlapping windows of this side (default: not cut)"
+    )
+    group.add_argument("--overlap", type=float, metavar="SHARE", help="share of a window's side (default: 0.25)")
+
+
+def prediction_settings(options: argparse.Namespace) -> PredictionConfig:
+    """What was given.
+
+    Raises:
+        DigSegError: a value that makes no sense.
+    """
+    fields = ("short_side", "classes_per_pass", "window", "overlap")
+    given = {name: getattr(options, name) for name in fields}
+    return section_of_options(PredictionConfig, {**given, "templates": options.template})
