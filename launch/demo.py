@@ -23,12 +23,13 @@ from digseg.data.corpus import ShardedCorpus
 from digseg.errors import DigSegError, run_main
 from digseg.evaluation.inference import Predictor
 from digseg.evaluation.picture import PictureRow, prediction_grid
+from digseg.evaluation.temperature import calibrate_model
 from digseg.registry.models import ModelRef, list_versions, resolve, set_alias, tag_evaluation
 from digseg.registry.package import register_model
 from digseg.registry.store import tracking_uri
 from digseg.registry.tracking import MlflowRun, log_evaluation
 from digseg.training.run import TrainingResult, finished_result
-from launch.evaluate import print_report
+from launch.evaluate import print_calibration, print_report
 from launch.preparation import ensure_shards, present_manifests
 from launch.train import run_backend
 
@@ -67,6 +68,9 @@ def run_demo(config: Config, out: Path) -> dict[str, Any]:
         with _timed(seconds, "training"):
             result = run_backend(config)
         run = MlflowRun(config)
+        if not already_trained:
+            with _timed(seconds, "calibration"):
+                _calibrate(config, Path(result.model_dir))
         with _timed(seconds, "registration"):
             model = _registered(config, result, run, anew=not already_trained)
         with _timed(seconds, "evaluation"):
@@ -88,6 +92,12 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     seconds[stage] = time.monotonic() - start
+
+
+def _calibrate(config: Config, model_dir: Path) -> None:
+    """Fit the model's temperature on part of the images that it will be evaluated on."""
+    corpora = [ShardedCorpus(config.data.root, entry.name, entry.split) for entry in config.evaluation.corpora]
+    print_calibration(calibrate_model(model_dir, corpora))
 
 
 def _registered(config: Config, result: TrainingResult, run: MlflowRun, anew: bool) -> ModelRef:

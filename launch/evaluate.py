@@ -27,6 +27,7 @@ from digseg.evaluation.protocol import choose_splits
 
 if TYPE_CHECKING:  # takes seconds to import
     from digseg.cluster.evaluate import Evaluation
+    from digseg.evaluation.temperature import Calibration
     from digseg.registry.models import ModelRef
 
 PROTOCOLS = Path(__file__).resolve().parent.parent / "configs" / "protocols"
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     store = options.tracking_uri or (tracking_uri(config) if config else default_tracking_uri())
     models = [resolve(uri, store) for uri in options.model]
+    if options.calibrate:
+        _calibrate(models, root, corpora)
     evaluations = evaluate_models(
         [directory for directory, _ in models],
         root,
@@ -87,6 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out is not None:
         _write(options.out, json.dumps({"evaluations": results, "comparisons": comparisons}, indent=2) + "\n")
     _report(options, models, evaluations, results, comparisons)
+
+
+def _calibrate(models: Sequence[tuple[Path, ModelRef]], root: str, corpora: Sequence[tuple[str, str]]) -> None:
+    """Fit the temperature of each model and write it into its folder, before anything is registered."""
+    from digseg.data.corpus import ShardedCorpus
+    from digseg.evaluation.temperature import calibrate_model
+
+    registered = [reference.uri for _, reference in models if reference.version is not None]
+    if registered:
+        raise DigSegError(
+            f"--calibrate: {registered[0]} is registered, and a version does not change; calibrate the folder of a "
+            "run's model before it is registered"
+        )
+    for directory, _ in models:
+        print_calibration(calibrate_model(directory, [ShardedCorpus(root, name, split) for name, split in corpora]))
 
 
 def _report(
@@ -177,6 +195,15 @@ def print_report(result: Mapping[str, Any]) -> None:
         console.print(wordings)
 
 
+def print_calibration(found: Calibration) -> None:
+    """What the temperature does on images that it was not fitted on."""
+    error, likelihood = found.calibration_error, found.negative_log_likelihood
+    say(
+        f"temperature {found.temperature:.3f}, fitted on {found.images} images; on others, calibration error "
+        f"{error[0]:.3f} -> {error[1]:.3f}, negative log-likelihood {likelihood[0]:.3f} -> {likelihood[1]:.3f}"
+    )
+
+
 def print_comparison(comparison: Mapping[str, Any]) -> None:
     """The differences of two models, corpus by corpus."""
     title = f"mIoU of {comparison['second']} minus that of {comparison['first']}"
@@ -216,6 +243,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kept", default=KEPT, metavar="DIR", help=f"where counts are kept (default: {KEPT})")
     parser.add_argument("--no-log", action="store_true", help="do not log to the model's MLflow run")
     parser.add_argument("--num-gpus", type=float, default=0, help="share of a GPU for each task (default: CPUs)")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="first fit the temperature of the models on some of the images, and write it into their folders",
+    )
     add_prediction_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of --config")
     return parser

@@ -31,7 +31,7 @@ class Prediction:
     """The segmentation of one image at its own resolution."""
 
     mask: NDArray[np.uint8 | np.uint16]  # [H, W], index into classes; 16 bits above 255 classes
-    probabilities: NDArray[np.float32]  # [K, H, W], sum to 1 over K
+    probabilities: NDArray[np.float32]  # [K, H, W], sum to 1 over K; calibrated if the model was
     classes: tuple[str, ...]
 
 
@@ -97,7 +97,7 @@ class Predictor:
         probabilities = np.empty((len(queries), *image.shape[:2]), np.float32)
         for place, slab in self._slabs(pixels, queries):
             mask[place] = _ids(slab)
-            probabilities[:, *place] = slab.cpu().numpy()
+            probabilities[:, *place] = tempered(slab, self.card.temperature).cpu().numpy()
         return Prediction(mask, probabilities, tuple(query.name for query in queries))
 
     def predict_mask(
@@ -218,6 +218,14 @@ class Predictor:
         if classes not in self._embedded:
             self._embedded[classes] = self._model.embed(classes).to(self._device)
         return self._embedded[classes]
+
+
+def tempered(probabilities: Tensor, temperature: float) -> Tensor:
+    """``softmax(log p / T)`` over the first dimension; see :mod:`digseg.evaluation.temperature`."""
+    if temperature == 1.0:
+        return probabilities
+    smallest = torch.finfo(probabilities.dtype).tiny
+    return (probabilities.clamp_min(smallest).log() / temperature).softmax(0)
 
 
 def _ids(probabilities: Tensor) -> NDArray[np.int64]:

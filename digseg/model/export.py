@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class ModelCard:
     palette_size: int
     max_classes: int  # per pass
     metadata: dict[str, Any]  # lineage: run, step, data digests, ...
+    temperature: float = 1.0  # of its probabilities, see digseg.evaluation.temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +100,19 @@ def export_model(
     unet.save_pretrained(temporary / "unet", safe_serialization=True)
     rest = {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith("unet.")}
     save_file({**rest, _TEXT_MEAN: table.mean.contiguous()}, temporary / _PATHWAY)
-    card = {
-        "format_version": FORMAT_VERSION,
-        "digseg_version": __version__,
-        "model": config.model.model_dump(mode="json"),
-        "text_fingerprint": text_fingerprint,
-        "names": list(table.names),
-        "short_side": config.data.short_side,
-        "corpus_short_sides": {e.name: e.short_side for e in config.data.corpora if e.short_side is not None},
-        "palette_size": config.data.queries.palette_size,
-        "max_classes": config.data.queries.max_classes,
-        "metadata": dict(metadata),
-    }
-    (temporary / _CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card = ModelCard(
+        format_version=FORMAT_VERSION,
+        digseg_version=__version__,
+        model=config.model,
+        text_fingerprint=text_fingerprint,
+        names=table.names,
+        short_side=config.data.short_side,
+        corpus_short_sides={e.name: e.short_side for e in config.data.corpora if e.short_side is not None},
+        palette_size=config.data.queries.palette_size,
+        max_classes=config.data.queries.max_classes,
+        metadata=dict(metadata),
+    )
+    write_card(temporary, card)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
     return directory
@@ -145,6 +146,14 @@ def read_card(directory: Path) -> ModelCard:
         raise DigSegError(f"{directory}: not an exported model (it has no {_CARD})") from None
     except (OSError, json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
         raise DigSegError(f"{path}: not a readable model card ({error}); export the model anew") from None
+
+
+def write_card(directory: Path, card: ModelCard) -> None:
+    """Write the card beside the weights of a model; one that is there is replaced whole."""
+    values = {**asdict(card), "model": card.model.model_dump(mode="json")}
+    partial = directory / f".{_CARD}.tmp"
+    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(directory / _CARD)
 
 
 def load_model(directory: Path) -> LoadedModel:

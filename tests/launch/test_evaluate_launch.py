@@ -13,7 +13,7 @@ from shard_writing import data_config, noise_samples, write_split
 from small_world import VOCABULARY, World, export_random_model, write_squares
 
 from digseg.cluster.evaluate import evaluate_models
-from digseg.config import Config, Protocol
+from digseg.config import Config, PredictionConfig, Protocol
 from digseg.data.corpus import ShardedCorpus
 from digseg.errors import DigSegError
 from digseg.evaluation.evaluate import Question, count_samples, renamed
@@ -21,6 +21,7 @@ from digseg.evaluation.figures import class_figure, corpus_figures
 from digseg.evaluation.inference import Predictor
 from digseg.evaluation.protocol import choose_splits
 from digseg.evaluation.stored import StoredTallies
+from digseg.model.export import read_card
 from launch.evaluate import main
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
@@ -50,6 +51,30 @@ def test_tasks_give_the_figures_of_one_process(world: World, predictor: Predicto
     box = count_samples(predictor, corpus, range(11), Question(renamed(VOCABULARY, "square", "box")))
     assert result["synonyms"]["squares"]["square"]["box"] == class_figure(box, 1)
     assert list(result["synonyms"]["squares"]["square"]) == ["box", "banana"]
+
+
+def test_models_are_asked_as_the_settings_say(world: World, predictor: Predictor) -> None:
+    alone = PredictionConfig(classes_per_pass=1)
+    (evaluation,) = evaluate_models([world.model_dir], world.shards, [("squares", "val")], prediction=alone)
+    assert evaluation.result["prediction"]["classes_per_pass"] == 1
+    corpus = ShardedCorpus(world.shards, "squares", "val")
+    asked = predictor.with_settings(alone)
+    expected = count_samples(asked, corpus, range(11), Question(VOCABULARY))
+    assert evaluation.result["corpora"] == {"squares": corpus_figures(corpus.manifest, expected, VOCABULARY)}
+    plain = count_samples(predictor, corpus, range(11), Question(VOCABULARY))
+    assert (expected.confusion != plain.confusion).any()
+
+
+def test_a_folder_is_calibrated_and_a_registered_version_is_not(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(world.model_dir, folder)
+    rest = ["--data", str(world.shards), "--kept", str(tmp_path / "kept"), "--calibrate"]
+    main(["--model", str(folder), *rest])
+    assert f"temperature {read_card(folder).temperature:.3f}, fitted on 6 images" in capsys.readouterr().out
+    with pytest.raises(DigSegError, match="models:/digseg/2 is registered, and a version does not change"):
+        main(["--model", "models:/digseg@champion", "--tracking-uri", world.tracking_uri, *rest])
 
 
 def test_several_splits_of_a_corpus_are_told_apart(world: World) -> None:
