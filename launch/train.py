@@ -52,7 +52,7 @@ def train(config: Config) -> None:
         from digseg.registry.tracking import MlflowRun
 
         run = MlflowRun(config)
-        if run.settle(read_metrics(RunDirectory(config).metrics)):
+        if run.settle(read_metrics(RunDirectory(config).metrics), RunDirectory(config).validation):
             say(f"MLflow run:     {run.run_id} in {run.tracking_uri}")
         else:
             say(f"MLflow run:     {run.tracking_uri} is away; the same command again delivers what it lacks")

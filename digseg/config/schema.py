@@ -206,6 +206,14 @@ class GuardConfig(Section):
     max_rollbacks: NonNegative = 3  # in the life of a process, before the run ends
 
 
+class ValidationConfig(Section):
+    """mIoU of the averaged weights on a few samples of ``evaluation.corpora`` while the run goes on."""
+
+    every: Positive | None = None  # steps, and after the last one; None: never
+    samples: Positive = 32  # of each corpus, the same every time: run.seed draws them
+    pictures: NonNegative = 2  # so many of them are drawn, as image, ground truth and prediction
+
+
 class TrainingConfig(Section):
     """The optimisation."""
 
@@ -227,6 +235,7 @@ class TrainingConfig(Section):
     keep_checkpoints: Positive = 2  # the newest so many
     keep_every: Positive | None = None  # steps; checkpoints at multiples of this are kept for good
     guard: GuardConfig = GuardConfig()
+    validation: ValidationConfig = ValidationConfig()
     log_every: Positive = 10  # steps
     threads: Positive | None = None  # torch threads per process; None: the node's cores / its processes
     deepspeed: dict[str, Any] = {}  # merged into the derived DeepSpeed JSON
@@ -285,6 +294,11 @@ class Config(Section):
             raise ValueError(
                 f"training.global_batch_size ({total}) does not divide over {cluster.workers} workers "
                 f"(cluster.workers); possible numbers of workers: {sizes}"
+            )
+        if self.training.validation.every is not None and not self.evaluation.corpora:
+            raise ValueError(
+                f"training.validation.every is {self.training.validation.every}, but evaluation.corpora is empty: name "
+                "the corpora and splits to validate on"
             )
         if self.model.autoencoder.type == "shuffle":
             multiple = self.model.autoencoder.factor * 2 ** (len(self.model.unet.block_out_channels) - 1)

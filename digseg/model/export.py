@@ -100,7 +100,15 @@ def export_model(
     unet.save_pretrained(temporary / "unet", safe_serialization=True)
     rest = {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith("unet.")}
     save_file({**rest, _TEXT_MEAN: table.mean.contiguous()}, temporary / _PATHWAY)
-    card = ModelCard(
+    write_card(temporary, model_card(config, table, text_fingerprint, metadata))
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+    return directory
+
+
+def model_card(config: Config, table: TextTable, text_fingerprint: str, metadata: Mapping[str, Any]) -> ModelCard:
+    """What a model of this run says of itself."""
+    return ModelCard(
         format_version=FORMAT_VERSION,
         digseg_version=__version__,
         model=config.model,
@@ -112,10 +120,6 @@ def export_model(
         max_classes=config.data.queries.max_classes,
         metadata=dict(metadata),
     )
-    write_card(temporary, card)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
-    return directory
 
 
 def is_export(directory: Path) -> bool:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
@@ -36,8 +37,8 @@ class Opened:
 
 
 class Delivery:
-    """Delivers what is put in, and figures of this machine every `_SYSTEM_INTERVAL_S`. A store that fails is tried
-    again, without end while the run goes on; it never stops the run.
+    """Delivers what is put in, files of folders, and figures of this machine every `_SYSTEM_INTERVAL_S`. A store that
+    fails is tried again, without end while the run goes on; it never stops the run.
 
     Args:
         opened: opens the run; called in the thread, again and again until it succeeds.
@@ -47,6 +48,7 @@ class Delivery:
         self._open = opened
         self._opened: Opened | None = None
         self._queue: list[Metric] = []
+        self._folders: set[Path] = set()
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._give_up_at = float("inf")
@@ -60,13 +62,19 @@ class Delivery:
         with self._lock:
             self._queue.extend(metrics)
 
+    def attach(self, folder: Path) -> None:
+        """Have the files of ``folder`` attached that the run does not have yet, under the folder's name; returns at
+        once."""
+        with self._lock:
+            self._folders.add(folder)
+
     def close(self, timeout_s: float) -> bool:
         """Deliver what is queued, trying for at most `timeout_s`; whether all of it arrived."""
         self._give_up_at = time.monotonic() + timeout_s
         self._closing.set()
         self._thread.join(timeout_s)
         with self._lock:
-            return self._opened is not None and not self._queue
+            return self._opened is not None and not self._queue and not self._folders
 
     def _work(self) -> None:
         failing = False
@@ -92,13 +100,30 @@ class Delivery:
             with self._lock:
                 batch = self._queue[:BATCH]
             if not batch:
-                return
+                break
             new = self._not_there(batch)
             if new:
                 self._opened.client.log_batch(self._opened.run_id, metrics=new)
             self._opened.last_steps.update({metric.key: metric.step for metric in new})
             with self._lock:
                 del self._queue[: len(batch)]
+        self._attach_new_files(self._opened)
+
+    def _attach_new_files(self, opened: Opened) -> None:
+        with self._lock:
+            folders, self._folders = self._folders, set()
+        try:
+            for folder in sorted(folders):
+                there = {
+                    PurePosixPath(file.path).name for file in opened.client.list_artifacts(opened.run_id, folder.name)
+                }
+                for path in sorted(folder.iterdir()):
+                    if path.name not in there:
+                        opened.client.log_artifact(opened.run_id, str(path), folder.name)
+        except Exception:
+            with self._lock:
+                self._folders |= folders
+            raise
 
     def _not_there(self, batch: Sequence[Metric]) -> list[Metric]:
         """Those metrics whose step comes after the last one of their key."""

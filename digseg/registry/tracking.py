@@ -114,6 +114,11 @@ class MlflowRun:
         now_ms = time.time_ns() // 1_000_000
         self._delivery.put([Metric(metric_name(name), float(value), now_ms, step) for name, value in values.items()])
 
+    def pictures(self, folder: Path) -> None:
+        """Have the files of `folder` attached that the run does not have yet; returns at once."""
+        assert self._delivery is not None, "start() comes first"
+        self._delivery.attach(folder)
+
     def finish(self, status: Literal["finished", "failed"]) -> None:
         """Write what is queued and close the run; where the store is away, note that both are still to be done."""
         delivered = self._delivery is None or self._delivery.close(_FINISH_TIMEOUT_S)
@@ -133,11 +138,12 @@ class MlflowRun:
             self._uri,
         )
 
-    def settle(self, lines: Iterable[Mapping[str, Any]]) -> bool:
+    def settle(self, lines: Iterable[Mapping[str, Any]], pictures: Path) -> bool:
         """Deliver what the end of the run found waiting, if anything; whether the store has all of the run now.
 
         Args:
             lines: the run's `metrics.jsonl`.
+            pictures: the folder of the run's pictures, if it has any.
         """
         ended = _read_record(self._record_path).get("ended")
         try:
@@ -149,6 +155,8 @@ class MlflowRun:
             self._delivery = Delivery(lambda: ready)
             for line in lines:
                 self.metrics(line["step"], {name: value for name, value in line.items() if name != "step"})
+            if pictures.is_dir():
+                self.pictures(pictures)
             self.finish(ended)
         return "ended" not in _read_record(self._record_path)
 

@@ -28,6 +28,11 @@ class WeightAverage:
             for name, share in shares.items()
         }
 
+    @property
+    def shares(self) -> Mapping[str, Share]:
+        """This rank's share of the average."""
+        return self._average
+
     @torch.no_grad()
     def update(self, shares: Mapping[str, Share]) -> None:
         """Take in the weights after an optimizer step; one fused operation for all tensors."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from digseg.training.files import write_whole
 
-_CATEGORIES = ("productive", "start_up", "data_wait", "checkpoint", "lost")
-_REPEATED = ("productive", "data_wait")  # what is done again after a return to a checkpoint
+_CATEGORIES = ("productive", "start_up", "data_wait", "validation", "checkpoint", "lost")
+_REPEATED = ("productive", "data_wait", "validation")  # what is done again after a return to a checkpoint
 
 
 class Ledger:

@@ -31,6 +31,9 @@ class RunLogger(Protocol):
         the steps that it has.
         """
 
+    def pictures(self, folder: Path) -> None:
+        """Attach the picture files of ``folder`` that the run does not have yet; returns at once."""
+
     def finish(self, status: RunStatus) -> None:
         """Close the run: ``finished`` once all steps are taken, ``failed`` when training raised."""
 
@@ -42,6 +45,9 @@ class NullLogger:
         pass
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def pictures(self, folder: Path) -> None:
         pass
 
     def finish(self, status: RunStatus) -> None:

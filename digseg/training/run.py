@@ -7,6 +7,7 @@
                              metrics.jsonl    the loss curve
                              skipped.json     steps that are passed over because of their samples, if any
                              ledger.json      where the time went
+                             validation/      pictures of what was predicted while training, if it was validated
                              lock             held while the run is trained; written when it was submitted
                              model/           the exported model, once all steps are taken
                              result.json      the TrainingResult, once the model is there
@@ -64,6 +65,7 @@ class RunDirectory:
         self.model = self.path / "model"
         self.skipped = self.path / "skipped.json"
         self.ledger = self.path / "ledger.json"
+        self.validation = self.path / "validation"
         self.lock = self.path / "lock"
         self._result = self.path / "result.json"
 
@@ -146,6 +148,9 @@ def check_run(config: Config, world_size: int) -> None:
     """
     for corpus in config.data.corpora:
         load_manifest(config.data.root, corpus.name, corpus.split)
+    if config.training.validation.every is not None:
+        for asked in config.evaluation.corpora:
+            load_manifest(config.data.root, asked.name, asked.split)
     deepspeed_config(config, world_size, num_parameters=1)
     directory = RunDirectory(config)
     state = published_state(directory.checkpoints)

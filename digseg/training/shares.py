@@ -7,6 +7,7 @@ looks after some of them. Both are flat ranges of named parameters, so that what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from digseg.errors import DigSegError
+from digseg.training.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,23 @@ def whole_parameters(parameters: Mapping[str, Tensor], rank: int, world_size: in
         if owner == rank:
             shares[name] = Share(tuple(parameter.shape), 0, parameter.detach().view(-1))
     return shares
+
+
+def gather_shares(shares: Mapping[str, Share], world: World) -> dict[str, Tensor]:
+    """Whole float32 parameters, on every rank, from the shares of all ranks (collective): views of one tensor."""
+    shapes = {
+        name: shape
+        for part in world.gather({name: share.shape for name, share in shares.items()})
+        for name, shape in part.items()
+    }
+    names = sorted(shapes)
+    sizes = [math.prod(shapes[name]) for name in names]
+    whole = torch.zeros(sum(sizes), device=world.device)
+    pieces = dict(zip(names, torch.split(whole, sizes), strict=True))
+    for name, share in shares.items():
+        pieces[name][share.offset : share.offset + share.values.numel()] = share.values
+    world.sum(whole)  # of which all but one are zero everywhere
+    return {name: piece.view(shapes[name]) for name, piece in pieces.items()}
 
 
 def merge_shares(parts: Iterable[Mapping[str, Share]]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from digseg.training.checkpoint import Checkpoint, CheckpointStore
 from digseg.training.ema import WeightAverage, merged_weights, shares_state
 from digseg.training.engine import Engine, convert
 from digseg.training.guard import Guard
+from digseg.training.shares import Share
 from digseg.training.window import MetricsWindow
 from digseg.training.world import World
 
@@ -28,6 +29,10 @@ class TrainingState:
         self.average = WeightAverage(engine.shares(), config.ema.decay) if config.ema.enabled else None
         self.window = MetricsWindow(world.device)
         self.guard = Guard(config.guard, world)
+
+    def weights(self) -> Mapping[str, Share]:
+        """This rank's share of what is validated and exported: the average of the weights where there is one."""
+        return self.engine.shares() if self.average is None else self.average.shares
 
     def save(self, directory: Path) -> None:
         """Write this rank's files."""

@@ -15,11 +15,8 @@ from digseg.console import ProgressHandle, progress, say
 from digseg.data.loader import Batch, training_batches
 from digseg.data.training_data import TrainingData
 from digseg.errors import DigSegError
+from digseg.evaluation.picture import prediction_grid
 from digseg.model.denoiser import attention_kernel
-from digseg.model.export import export_model
-from digseg.model.segmenter import build_segmenter
-from digseg.model.text import build_text_table, load_text_encoder
-from digseg.model.training_module import SegmenterLoss
 from digseg.training.checkpoint import Checkpoint, CheckpointStore
 from digseg.training.deepspeed_config import micro_batches
 from digseg.training.engine import Engine
@@ -35,11 +32,12 @@ from digseg.training.run import (
     summarise,
 )
 from digseg.training.schedule import learning_rate
+from digseg.training.shares import gather_shares
 from digseg.training.state import TrainingState, saved_weights
+from digseg.training.trained_model import TrainedModel
 from digseg.training.unreadable import UnreadableSamples
+from digseg.training.validation import Validation
 from digseg.training.world import World
-
-_SEGMENTER = "segmenter."  # prefix of the segmenter's parameters in SegmenterLoss
 
 
 class Trainer:
@@ -101,7 +99,7 @@ class Trainer:
                 self._unreadable.add(batch.corrupt)
             self._ledger.wait(data_wait_s)
             step += 1
-            if step == 1 or step % config.log_every == 0 or self._is_last(step):
+            if step == 1 or step % config.log_every == 0 or self._validates(step) or self._is_last(step):
                 self._log(step, bar)
             if step > self._furthest:
                 self._furthest = step
@@ -134,20 +132,20 @@ class Trainer:
         threads = config.training.threads or max(1, _num_cores() // world.local_world_size)
         torch.set_num_threads(threads)
         self.data = TrainingData(config.data, config.run.seed)
-        encoder = load_text_encoder(config.model.text)
-        self._text_fingerprint = encoder.fingerprint
-        self._text_table = build_text_table(self.data.names, encoder)
-        segmenter = build_segmenter(config, encoder)
+        self._model = TrainedModel(config, self.data.names)
+        segmenter = self._model.segmenter
         self.data.check_autoencoder(segmenter.autoencoder.identity)
         self._facts = {"device": _device_name(world.device), "attention_kernel": attention_kernel(segmenter.unet)}
-        self._buffers = {name: buffer.clone() for name, buffer in _persistent_buffers(segmenter)}
-        self.engine = Engine(SegmenterLoss(segmenter, config, self._text_table.embeddings), config, world)
+        self.engine = Engine(self._model.with_loss(), config, world)
         self._state = TrainingState(self.engine, config.training, world)
         self._unreadable = UnreadableSamples(world, config.data.max_corrupt)
         if world.is_main:
             self.directory.write_config(config)
         kept = config.training.keep_checkpoints, config.training.keep_every
         self._store = CheckpointStore(self.directory.checkpoints, world, *kept)
+        self._validation: Validation | None = None
+        if config.training.validation.every is not None:
+            self._validation = Validation(config, world, self._model.as_loaded())
         self._checkpoint: Checkpoint | None = None
         self._skipped = SkippedSteps(self.directory.skipped)
         self._rollbacks = 0
@@ -240,11 +238,32 @@ class Trainer:
         figures["gradient_norm"] = self.engine.gradient_norm()
         figures["unreadable_samples"] = self._unreadable.share()
         self._enter("productive")
+        if self._validates(step):
+            figures |= self._validate(step)
         figures |= self._ledger.figures()
         if self.world.is_main:
             self._metrics_file.append(step, figures)
             self.logger.metrics(step, figures)
         bar.note(f"loss {figures['loss']:.4f}")
+
+    def _validates(self, step: int) -> bool:
+        every = self.config.training.validation.every
+        return every is not None and (step % every == 0 or self._is_last(step))
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """mIoU on the samples for validation, ``val/miou`` and of each corpus; pictures go to the run's directory."""
+        assert self._validation is not None
+        began = time.perf_counter()
+        weights = gather_shares(self._state.weights(), self.world)
+        found = self._validation.run(self._model.state(weights))
+        self._unreadable.add(found.unreadable)
+        if self.world.is_main and found.rows:
+            title = f"{self.config.run.name} after {step} steps"
+            prediction_grid(found.rows, self.directory.validation / f"step-{step:08d}.png", title=title)
+            self.logger.pictures(self.directory.validation)
+        self._state.window.leave_out(time.perf_counter() - began)
+        self._enter("validation")
+        return found.figures
 
     def _tell(self, bad: Sequence[BadStep]) -> None:
         for one in bad:
@@ -276,8 +295,6 @@ class Trainer:
         return finished
 
     def _export(self, checkpoint: Checkpoint) -> None:
-        weights = saved_weights(checkpoint)
-        state = {name.removeprefix(_SEGMENTER): weight for name, weight in weights.items()}
         metadata = {
             "run": self.config.run.name,
             "seed": self.config.run.seed,
@@ -289,14 +306,7 @@ class Trainer:
             "world_size": self.world.world_size,
             "zero_stage": self.config.training.zero_stage,
         }
-        export_model(
-            self.directory.model,
-            state | self._buffers,
-            self.config,
-            self._text_table,
-            self._text_fingerprint,
-            metadata,
-        )
+        self._model.export(self.directory.model, saved_weights(checkpoint), metadata)
 
     def _dataset_digests(self) -> dict[str, str]:
         return {f"{m.corpus}/{m.split}": m.digest for m in self.data.manifests}
@@ -335,6 +345,8 @@ class Trainer:
             # A process that was killed may not have delivered its last figures; the file has them.
             for figures in read_metrics(self.directory.metrics) if self.world.is_main else []:
                 self.logger.metrics(figures.pop("step"), figures)
+            if self.world.is_main and self.directory.validation.is_dir():
+                self.logger.pictures(self.directory.validation)
             yield
         except BaseException:
             self.logger.finish("failed")
@@ -371,8 +383,3 @@ def _device_name(device: torch.device) -> str:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    parameters = dict(module.named_parameters())
-    return ((name, value) for name, value in module.state_dict().items() if name not in parameters)

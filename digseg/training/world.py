@@ -67,12 +67,15 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over the ranks; ``values`` is used up."""
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks; ``values`` is used up."""
         if self.world_size > 1:
             dist.all_reduce(values)
-            values /= self.world_size
         return values
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the ranks; ``values`` is used up."""
+        return self.sum(values).div_(self.world_size) if self.world_size > 1 else values
 
 
 def default_device(local_rank: int) -> torch.device:

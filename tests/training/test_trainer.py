@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from runs import STEPS, loss_curve, run_config, train_until_killed
 from safetensors.torch import load_file
 from shard_writing import damage_samples
-from small_world import small_config, write_squares
+from small_world import write_squares
 
 from digseg.config import Config
 from digseg.data.loader import Batch
@@ -28,9 +29,6 @@ from digseg.training.logging import read_metrics
 from digseg.training.run import check_run, exclusive, finished_result
 from digseg.training.trainer import Trainer
 from digseg.training.world import World
-
-STEPS = 9
-_TIMES = ("images_per_second", "step_time_s", "data_wait_share", "goodput", "ledger.")
 
 
 class Recorder:
@@ -46,12 +44,11 @@ class Recorder:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self.calls.append(("metrics", step, dict(values)))
 
+    def pictures(self, folder: Path) -> None:
+        self.calls.append(("pictures", folder.name))
+
     def finish(self, status: str) -> None:
         self.calls.append(("finish", status))
-
-
-class Killed(BaseException):
-    """Stands for the loss of the process."""
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +56,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards, and the run ``whole`` which nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs")
     write_squares(folder / "shards", "train", 10)
-    Trainer(_config(folder, "whole"), World()).train()
+    Trainer(run_config(folder, "whole"), World()).train()
     return folder
 
 
 def test_result_tells_of_the_whole_run(folder: Path) -> None:
-    result = finished_result(_config(folder, "whole"))
-    curve = _curve(folder, "whole")
+    result = finished_result(run_config(folder, "whole"))
+    curve = loss_curve(folder, "whole")
     assert result is not None
     assert (result.steps, result.world_size, result.zero_stage) == (STEPS, 1, 1)
     assert [line["step"] for line in curve] == [1, 4, 8, 9]
@@ -76,7 +73,7 @@ def test_result_tells_of_the_whole_run(folder: Path) -> None:
 
 
 def test_logged_loss_is_the_weighted_sum_of_its_parts_and_rates_are_there(folder: Path) -> None:
-    objective = _config(folder, "whole").objective
+    objective = run_config(folder, "whole").objective
     for line in read_metrics(folder / "runs/whole/metrics.jsonl"):
         parts = (
             objective.class_score * line["class_score"]
@@ -93,17 +90,17 @@ def test_logged_loss_is_the_weighted_sum_of_its_parts_and_rates_are_there(folder
 def test_unreadable_samples_are_logged_and_stop_the_run_past_the_limit(tmp_path: Path) -> None:
     write_squares(tmp_path / "shards", "train", 10)
     damage_samples(tmp_path / "shards", "squares", (2, 8))
-    _train_until_killed(_config(tmp_path, "borne"), 5)
-    Trainer(_config(tmp_path, "borne"), World()).train()
-    assert [line["unreadable_samples"] for line in _curve(tmp_path, "borne")] == [2, 2, 2, 2]
-    values = _config(tmp_path, "refused").model_dump(mode="json")
+    train_until_killed(run_config(tmp_path, "borne"), 5)
+    Trainer(run_config(tmp_path, "borne"), World()).train()
+    assert [line["unreadable_samples"] for line in loss_curve(tmp_path, "borne")] == [2, 2, 2, 2]
+    values = run_config(tmp_path, "refused").model_dump(mode="json")
     values["data"]["max_corrupt"] = 1
     with pytest.raises(DigSegError, match=r"2 samples could not be read \(data\.max_corrupt is 1\)"):
         Trainer(Config.model_validate(values), World()).train()
 
 
 def test_exported_model_has_the_averaged_weights_of_the_last_checkpoint(folder: Path) -> None:
-    result = finished_result(_config(folder, "whole"))
+    result = finished_result(run_config(folder, "whole"))
     assert result is not None
     saved = torch.load(Path(result.checkpoint_dir) / "rank-00000.pt", weights_only=True)["weights"]
     assert saved["updates"] == STEPS
@@ -118,18 +115,18 @@ def test_exported_model_has_the_averaged_weights_of_the_last_checkpoint(folder: 
 
 
 def test_same_configuration_gives_the_same_losses_bit_for_bit(folder: Path) -> None:
-    Trainer(_config(folder, "again"), World()).train()
-    assert _curve(folder, "again") == _curve(folder, "whole")
+    Trainer(run_config(folder, "again"), World()).train()
+    assert loss_curve(folder, "again") == loss_curve(folder, "whole")
 
 
 @pytest.mark.parametrize("killed_after", [3, 5, 6])
 def test_interrupted_run_ends_as_the_undisturbed_one_bit_for_bit(folder: Path, killed_after: int) -> None:
     name = f"killed{killed_after}"
-    config = _config(folder, name)
-    _train_until_killed(config, killed_after)
+    config = run_config(folder, name)
+    train_until_killed(config, killed_after)
     result = Trainer(config, World()).train()
-    assert _curve(folder, name) == _curve(folder, "whole")
-    whole = finished_result(_config(folder, "whole"))
+    assert loss_curve(folder, name) == loss_curve(folder, "whole")
+    whole = finished_result(run_config(folder, "whole"))
     assert whole is not None
     for file in ("unet/diffusion_pytorch_model.safetensors", "pathway/model.safetensors"):
         assert (Path(result.model_dir) / file).read_bytes() == (Path(whole.model_dir) / file).read_bytes()
@@ -138,44 +135,44 @@ def test_interrupted_run_ends_as_the_undisturbed_one_bit_for_bit(folder: Path, k
 def test_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(folder, "damaged")
-    _train_until_killed(config, 7)
+    config = run_config(folder, "damaged")
+    train_until_killed(config, 7)
     victim = folder / "runs/damaged/checkpoints/step-00000006/rank-00000.pt"
     victim.write_bytes(victim.read_bytes()[:-100])
     Trainer(config, World()).train()
     said = capsys.readouterr().out
     assert "checkpoint step-00000006 is damaged and put aside: rank-00000.pt has" in said
     assert "goes on after step 3" in said
-    assert _curve(folder, "damaged") == _curve(folder, "whole")
+    assert loss_curve(folder, "damaged") == loss_curve(folder, "whole")
 
 
 def test_finished_run_says_so_and_trains_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorder = Recorder()
-    result = Trainer(_config(folder, "whole"), World(), recorder).train()
-    assert result == finished_result(_config(folder, "whole"))
+    result = Trainer(run_config(folder, "whole"), World(), recorder).train()
+    assert result == finished_result(run_config(folder, "whole"))
     assert "all 9 steps are taken" in capsys.readouterr().out
     assert recorder.calls == []
 
 
 def test_finished_run_goes_on_when_more_steps_are_asked_for(folder: Path) -> None:
     shutil.copytree(folder / "runs/whole", folder / "runs/longer")
-    result = Trainer(_config(folder, "longer", steps=11), World()).train()
+    result = Trainer(run_config(folder, "longer", steps=11), World()).train()
     assert result.steps == 11
-    assert [line["step"] for line in _curve(folder, "longer")] == [1, 4, 8, 9, 11]
+    assert [line["step"] for line in loss_curve(folder, "longer")] == [1, 4, 8, 9, 11]
 
 
 def test_run_that_took_more_steps_than_are_now_asked_for_ends_with_them(folder: Path) -> None:
     shutil.copytree(folder / "runs/whole", folder / "runs/shorter")
     (folder / "runs/shorter/result.json").unlink()
-    config = _config(folder, "shorter", steps=7)
+    config = run_config(folder, "shorter", steps=7)
     assert Trainer(config, World()).train().steps == STEPS
-    assert _curve(folder, "shorter") == _curve(folder, "whole")
+    assert loss_curve(folder, "shorter") == loss_curve(folder, "whole")
     assert finished_result(config) is not None
 
 
 def test_window_whose_other_steps_are_all_passed_over_is_logged(folder: Path) -> None:
-    config = _config(folder, "untimed")
-    _train_until_killed(config, 3)
+    config = run_config(folder, "untimed")
+    train_until_killed(config, 3)
     (folder / "runs/untimed/skipped.json").write_text(json.dumps([{"step": 3, "keys": []}]))
     Trainer(config, World()).train()
     lines = {line["step"]: line for line in read_metrics(folder / "runs/untimed/metrics.jsonl")}
@@ -185,7 +182,7 @@ def test_window_whose_other_steps_are_all_passed_over_is_logged(folder: Path) ->
 
 def test_logger_is_started_fed_and_finished(folder: Path) -> None:
     recorder = Recorder()
-    Trainer(_config(folder, "recorded", steps=4), World(), recorder).train()
+    Trainer(run_config(folder, "recorded", steps=4), World(), recorder).train()
     kinds = [call[0] for call in recorder.calls]
     assert kinds == ["start", "metrics", "metrics", "finish"]
     assert recorder.calls[0][1] == "recorded"
@@ -196,8 +193,8 @@ def test_logger_is_started_fed_and_finished(folder: Path) -> None:
 
 
 def test_logger_of_a_run_that_goes_on_gets_the_earlier_figures_first(folder: Path) -> None:
-    config = _config(folder, "told-again", log_every=1)
-    _train_until_killed(config, 5)
+    config = run_config(folder, "told-again", log_every=1)
+    train_until_killed(config, 5)
     recorder = Recorder()
     Trainer(config, World(), recorder).train()
     lines = read_metrics(folder / "runs/told-again/metrics.jsonl")
@@ -209,7 +206,7 @@ def test_logger_of_a_run_that_goes_on_gets_the_earlier_figures_first(folder: Pat
 def test_step_with_a_poisoned_sample_is_left_out_and_its_samples_are_named(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key = _train_poisoned(_config(folder, "poisoned"), {4})
+    key = _train_poisoned(run_config(folder, "poisoned"), {4})
     said = " ".join(capsys.readouterr().out.split())
     assert "step 5 was left out" in said
     assert key in said
@@ -217,13 +214,13 @@ def test_step_with_a_poisoned_sample_is_left_out_and_its_samples_are_named(
     assert [line["steps_left_out"] for line in curve.values()] == [0, 0, 1, 0]
     assert all(math.isfinite(line["loss"]) for line in curve.values())
     # The mean is that of the three other steps of the window, whose weights the poisoned one did not touch.
-    assert curve[4]["loss"] == _curve(folder, "whole")[1]["loss"]
+    assert curve[4]["loss"] == loss_curve(folder, "whole")[1]["loss"]
 
 
 def test_run_goes_back_to_before_several_bad_steps_and_passes_over_them(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(folder, "went-back")
+    config = run_config(folder, "went-back")
     key = _train_poisoned(config, {4, 5, 6})
     assert "going back to step 3; steps 5 to 7 will be passed over" in " ".join(capsys.readouterr().out.split())
     skipped = json.loads((folder / "runs/went-back/skipped.json").read_text())
@@ -237,9 +234,9 @@ def test_run_goes_back_to_before_several_bad_steps_and_passes_over_them(
 def test_run_whose_samples_are_all_bad_ends_with_an_explanation(folder: Path) -> None:
     recorder = Recorder()
     with pytest.raises(DigSegError, match=r"1 steps from 1 to 1 .*there is no checkpoint from before"):
-        _train_poisoned(_config(folder, "spoiled"), set(range(STEPS)), recorder)
+        _train_poisoned(run_config(folder, "spoiled"), set(range(STEPS)), recorder)
     assert recorder.calls[-1] == ("finish", "failed")
-    limited = _config(folder, "limited", log_every=1, checkpoint_every=1, guard={"max_rollbacks": 2})
+    limited = run_config(folder, "limited", log_every=1, checkpoint_every=1, guard={"max_rollbacks": 2})
     with pytest.raises(DigSegError, match=r"going back 2 times was in vain; lower training\.learning_rate .*squares/"):
         _train_poisoned(limited, {3, 4, 5})
 
@@ -253,13 +250,13 @@ def test_loss_far_above_its_mean_is_left_out(folder: Path, monkeypatch: pytest.M
         return {name: loss * factor for name, loss in forward_backward(engine, batch).items()}
 
     monkeypatch.setattr(Engine, "forward_backward", leaping)
-    Trainer(_config(folder, "leaping", guard={"settle_steps": 3}), World()).train()
+    Trainer(run_config(folder, "leaping", guard={"settle_steps": 3}), World()).train()
     lines = read_metrics(folder / "runs/leaping/metrics.jsonl")
     assert [(line["step"], line["steps_left_out"]) for line in lines] == [(1, 0), (4, 0), (8, 1), (9, 0)]
 
 
 def test_second_process_with_a_run_of_the_same_name_is_refused(folder: Path) -> None:
-    config = _config(folder, "held")
+    config = run_config(folder, "held")
     with (
         exclusive(config),
         pytest.raises(DigSegError, match=rf"'held' .* is being trained by process {os.getpid()} on"),
@@ -279,7 +276,7 @@ def test_second_process_with_a_run_of_the_same_name_is_refused(folder: Path) -> 
 def test_no_step_outside_the_logging_interval_waits_for_the_device(
     folder: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
-    trainer = Trainer(_config(folder, f"async{stage}", steps=8, zero_stage=stage, checkpoint_every=8), World())
+    trainer = Trainer(run_config(folder, f"async{stage}", steps=8, zero_stage=stage, checkpoint_every=8), World())
     reads = HostReads(monkeypatch)
     train_step = trainer.train_step
 
@@ -325,29 +322,29 @@ class HostReads:
 def test_run_cannot_be_continued_as_another_run(
     folder: Path, section: str, change: dict[str, Any], message: str
 ) -> None:
-    values = _config(folder, "whole").model_dump(mode="json")
+    values = run_config(folder, "whole").model_dump(mode="json")
     values[section] |= change
     with pytest.raises(DigSegError, match=message + r".*Choose another run\.name"):
         finished_result(Config.model_validate(values))
 
 
 def test_settings_that_do_not_change_the_run_may_change(folder: Path) -> None:
-    values = _config(folder, "whole").model_dump(mode="json")
+    values = run_config(folder, "whole").model_dump(mode="json")
     values["data"] |= {"workers": 2, "prefetch": 7}
     values["training"] |= {"checkpoint_every": 2, "log_every": 3, "threads": None}
     assert finished_result(Config.model_validate(values)) is not None
 
 
 def test_missing_shards_are_found_before_anything_is_started(folder: Path) -> None:
-    values = _config(folder, "nowhere").model_dump(mode="json")
+    values = run_config(folder, "nowhere").model_dump(mode="json")
     values["data"]["root"] = str(folder / "nowhere")
     with pytest.raises(DigSegError, match="nowhere"):
         check_run(Config.model_validate(values), 1)
 
 
 def test_shards_that_changed_stop_a_run_that_is_to_go_on(folder: Path, tmp_path: Path) -> None:
-    config = _config(folder, "moved")
-    _train_until_killed(config, 4)
+    config = run_config(folder, "moved")
+    train_until_killed(config, 4)
     write_squares(tmp_path / "shards", "train", 10, seed=7)
     values = config.model_dump(mode="json")
     values["data"]["root"] = str(tmp_path / "shards")
@@ -356,30 +353,11 @@ def test_shards_that_changed_stop_a_run_that_is_to_go_on(folder: Path, tmp_path:
 
 
 def test_run_without_averaging_exports_its_weights(folder: Path) -> None:
-    result = Trainer(_config(folder, "plain", steps=2, ema={"enabled": False}), World()).train()
+    result = Trainer(run_config(folder, "plain", steps=2, ema={"enabled": False}), World()).train()
     state = torch.load(Path(result.checkpoint_dir) / "deepspeed/mp_rank_00_model_states.pt", weights_only=False)
     exported = load_file(Path(result.model_dir) / "unet/diffusion_pytorch_model.safetensors")
     for name, weight in exported.items():
         assert torch.equal(weight, state["module"][f"segmenter.unet.{name}"])
-
-
-def _config(folder: Path, name: str, **training: Any) -> Config:
-    return small_config(
-        folder,
-        run={"name": name},
-        cluster={"backend": "local"},
-        training={
-            "steps": STEPS,
-            "warmup_steps": 3,
-            "checkpoint_every": 3,
-            "keep_checkpoints": 5,
-            "log_every": 4,
-            "threads": 1,
-            "precision": "fp32",
-            "micro_batch_size": 4,
-            **training,
-        },
-    )
 
 
 def _train_poisoned(config: Config, steps: set[int], logger: Recorder | None = None) -> str:
@@ -398,24 +376,3 @@ def _train_poisoned(config: Config, steps: set[int], logger: Recorder | None = N
     trainer.train_step = poisoned_step  # type: ignore[method-assign]
     trainer.train()
     return keys[min(steps)]
-
-
-def _train_until_killed(config: Config, step: int) -> None:
-    """Train, and lose the process when ``step`` steps were taken."""
-    trainer = Trainer(config, World())
-    train_step = trainer.train_step
-
-    def step_or_die(batch: Any, number: int) -> dict[str, torch.Tensor]:
-        if number == step:
-            raise Killed
-        return train_step(batch, number)
-
-    trainer.train_step = step_or_die  # type: ignore[method-assign]
-    with pytest.raises(Killed):
-        trainer.train()
-
-
-def _curve(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The loss curve without what depends on the clock."""
-    lines = read_metrics(folder / "runs" / name / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if not key.startswith(_TIMES)} for line in lines]

@@ -1,0 +1,57 @@
+"""The segmenter of a run beside its engine: how it begins, and what becomes of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digseg.config import Config
+from digseg.model.export import LoadedModel, export_model, model_card
+from digseg.model.segmenter import build_segmenter
+from digseg.model.text import build_text_table, load_text_encoder
+from digseg.model.training_module import SegmenterLoss
+
+_SEGMENTER = "segmenter."  # prefix of the segmenter's parameters in SegmenterLoss
+
+
+class TrainedModel:
+    """A new segmenter, the text table of the ``names`` that it is trained on, and its way out of the engine."""
+
+    def __init__(self, config: Config, names: Sequence[str]) -> None:
+        self._config = config
+        self._encoder = load_text_encoder(config.model.text)
+        self._table = build_text_table(names, self._encoder)
+        self.segmenter = build_segmenter(config, self._encoder)
+        self._buffers = {name: buffer.clone() for name, buffer in _persistent_buffers(self.segmenter)}
+
+    @property
+    def text_dim(self) -> int:
+        """Entries of a class name's embedding."""
+        return self._encoder.dim
+
+    def with_loss(self) -> SegmenterLoss:
+        """The module that an engine trains."""
+        return SegmenterLoss(self.segmenter, self._config, self._table.embeddings)
+
+    def as_loaded(self) -> LoadedModel:
+        """The model as if it came from an export; its weights are the engine's."""
+        card = model_card(self._config, self._table, self._encoder.fingerprint, {})
+        return LoadedModel(self.segmenter, card, self._encoder, self._table.mean)
+
+    def state(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The segmenter's whole state with these ``weights``, named as the engine's module names them."""
+        return {name.removeprefix(_SEGMENTER): weight for name, weight in weights.items()} | self._buffers
+
+    def export(self, directory: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Write the model with these weights (on the CPU) into ``directory``."""
+        fingerprint = self._encoder.fingerprint
+        export_model(directory, self.state(weights), self._config, self._table, fingerprint, metadata)
+
+
+def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    parameters = dict(module.named_parameters())
+    return ((name, value) for name, value in module.state_dict().items() if name not in parameters)
