@@ -23,11 +23,11 @@ from mlflow.tracking import MlflowClient
 
 from digseg.errors import DigSegError, nearest
 from digseg.registry import aliases
+from digseg.registry.intact import ARTIFACT
 from digseg.registry.lineage import directory_digest
 from digseg.registry.store import connect, default_tracking_uri, first_line, fluent
 
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-ARTIFACT = "model"  # name of the exported directory among the pyfunc's artifacts
 _FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION or an exported model's directory"
 
 

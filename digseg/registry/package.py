@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,13 @@ from digseg.data.format import list_manifests
 from digseg.errors import DigSegError
 from digseg.model.export import read_card
 from digseg.registry import lineage
-from digseg.registry.models import ARTIFACT, ModelRef, set_alias
+from digseg.registry.intact import ARTIFACT, DIGESTS_ARTIFACT, DIGESTS_KEY, write_digests
+from digseg.registry.models import ModelRef, set_alias
 from digseg.registry.store import connect, first_line, fluent, tracking_uri
 from digseg.registry.tracking import experiment_id
 
+_ENTRY = Path(__file__).with_name("pyfunc_model.py")
+_CODE = Path(digseg.__file__).parent
 # What prediction needs; MLflow's own inference of requirements would load the model in another process.
 _REQUIREMENTS = (
     "mlflow",
@@ -70,19 +74,29 @@ def register_model(
     try:
         # The run that trained the model goes on for the registration; a model without one gets a run of its own.
         run = {"run_id": run_id} if run_id else {"experiment_id": experiment, "run_name": config.run.name}
-        with fluent(uri), warnings.catch_warnings(), mlflow.start_run(**run, nested=True):
+        with (
+            fluent(uri),
+            tempfile.TemporaryDirectory() as folder,
+            warnings.catch_warnings(),
+            mlflow.start_run(**run, nested=True),
+        ):
+            digests = write_digests(Path(folder), model_dir, _CODE, _ENTRY)
             # MLflow warns about its own plans; what it says of the model is set explicitly below.
             warnings.simplefilter("ignore")
             info = mlflow.pyfunc.log_model(
                 name=config.tracking.registered_model,
-                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={ARTIFACT: str(model_dir)},
-                code_paths=[str(Path(digseg.__file__).parent)],
+                python_model=str(_ENTRY),
+                artifacts={ARTIFACT: str(model_dir), DIGESTS_ARTIFACT: str(digests)},
+                code_paths=[str(_CODE)],
                 pip_requirements=requirements(),
                 signature=signature(),
                 input_example=(_example(card.names), {"background": False, "probabilities": False}),
                 registered_model_name=config.tracking.registered_model,
-                metadata={"digseg_version": digseg.__version__, "classes": list(card.names)},
+                metadata={
+                    "digseg_version": digseg.__version__,
+                    "classes": list(card.names),
+                    DIGESTS_KEY: lineage.file_digest(digests),
+                },
             )
     except MlflowException as error:
         raise DigSegError(f"MLflow at {uri} does not take the model: {first_line(error)}") from error

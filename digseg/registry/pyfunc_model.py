@@ -21,32 +21,31 @@ Output columns
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
-import json
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from digseg.config import PredictionConfig, section_of_options
-from digseg.errors import DigSegError
-from digseg.evaluation.classes import parse_classes
-from digseg.evaluation.images import decode_image, png_bytes
-from digseg.evaluation.inference import Predictor
-from digseg.registry.models import ARTIFACT
+from digseg.registry.intact import ARTIFACT, check_package
 
 
 class DigSegModel(PythonModel):  # type: ignore[misc]
     """Segments the images of a table, each into its own classes."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the exported directory that was registered."""
-        self._predictor = Predictor.load(Path(context.artifacts[ARTIFACT]))
+        """Load the exported directory, if it and the code beside it are what was registered.
+
+        Raises:
+            DigSegError: a file that is not, by its name.
+        """
+        model_dir = Path(context.artifacts[ARTIFACT])
+        check_package(model_dir.parents[1])
+
+        from digseg.registry.table import TablePredictor  # code that is only now known to be the registered one
+
+        self._predictor = TablePredictor(model_dir)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -58,51 +57,7 @@ class DigSegModel(PythonModel):  # type: ignore[misc]
                 make no sense.
         """
         options = {"background": False, "probabilities": False, "prediction": "{}", **(params or {})}
-        predictor = self._predictor.with_settings(_settings(options["prediction"]))
-        rows = [
-            self._predict_row(predictor, f"row {number}", row.image, row.classes, options)
-            for number, row in enumerate(model_input.itertuples(index=False))
-        ]
-        return pd.DataFrame(rows)
-
-    @staticmethod
-    def _predict_row(
-        predictor: Predictor, where: str, image: bytes | str, classes: str, options: dict[str, Any]
-    ) -> dict[str, Any]:
-        pixels = decode_image(_content(image, where), where)
-        try:
-            prediction = predictor.predict(pixels, parse_classes(classes), options["background"])
-        except DigSegError as error:
-            raise DigSegError(f"{where}: {error}") from None
-        row = {"mask_png": _base64(png_bytes(prediction.mask)), "classes": list(prediction.classes)}
-        if options["probabilities"]:
-            buffer = io.BytesIO()
-            np.save(buffer, prediction.probabilities.astype(np.float16))
-            row["probabilities"] = _base64(buffer.getvalue())
-        return row
-
-
-def _settings(text: str) -> PredictionConfig:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DigSegError(f"parameter prediction is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise DigSegError(f"parameter prediction: expected a JSON object, got {text}")
-    return section_of_options(PredictionConfig, values)
-
-
-def _content(image: bytes | str, where: str) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    try:
-        return base64.b64decode(image, validate=True)
-    except (binascii.Error, ValueError, TypeError):
-        raise DigSegError(f"{where}: image is neither the bytes of a file nor base64 of them") from None
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
+        return self._predictor.predict(model_input, options)
 
 
 mlflow.models.set_model(DigSegModel())
