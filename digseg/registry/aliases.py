@@ -1,8 +1,10 @@
 """Aliases that move one at a time: compare-and-set, with the way back.
 
-MLflow moves an alias unconditionally. Here a move holds a lock while it compares and sets. The lock is a registered
-model of a name that only one process can create (the name is the key of the store's table), so it works on every
-store that MLflow has. Former versions of an alias are kept in a tag of the model, the newest last.
+MLflow moves an alias unconditionally. Here a move holds a lock while it compares and sets. A lock is a tag of the
+registered model, of a name of its own: whoever wants to move an alias puts one there and then looks whether there are
+others; of two at the same time at least one sees the other and steps back. So a lock is never replaced by another of
+the same name, which makes it safe to remove one that a dead process left, and it needs no more rights than moving the
+alias does. Former versions of an alias are kept in another tag of the model, the newest last.
 """
 
 from __future__ import annotations
@@ -10,25 +12,29 @@ from __future__ import annotations
 import getpass
 import os
 import platform
+import random
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import groupby
 
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from digseg.errors import DigSegError
 from digseg.registry.store import connect, first_line
 
-LOCK_SUFFIX = ".alias-lock"
-_WAIT_S = 20.0  # for another process, which needs less than a second
-_STALE_S = 60.0  # a lock this old was left by a process that died
-_POLL_S = 0.1
+_LOCK = "digseg.alias-lock."
+_LEFT_S = 120.0  # a lock that has been there this long was left by a process that died ...
+_HOLD_S = 60.0  # ... for its owner gives up before; a move takes less than a second
+_WAIT_S = 150.0
+_PAUSE_S = (0.05, 0.25)  # between two looks, drawn anew: who met the other once should not meet it always
 _KEPT_VERSIONS = 50
-# What a store says where the lock exists, or where it is busy for a moment.
-_TRY_AGAIN = {"RESOURCE_ALREADY_EXISTS", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"}
+# What a store says where it is busy for a moment.
+_TRY_AGAIN = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"}
 
 
 class AliasMovedError(DigSegError):
@@ -95,18 +101,18 @@ def roll_back(store: str, name: str, alias: str) -> tuple[int, int]:
 class _LockedModel:
     """A registered model whose aliases only this process moves."""
 
-    def __init__(self, client: MlflowClient, name: str, owner: str) -> None:
-        self._client, self._name, self._owner = client, name, owner
+    def __init__(self, client: MlflowClient, model: RegisteredModel, lock: _Lock) -> None:
+        self._client, self._model, self._lock = client, model, lock
+        self._name = str(model.name)
 
     def version(self, alias: str) -> int | None:
         """The version that an alias means now, or None."""
-        version = self._client.get_registered_model(self._name).aliases.get(alias)
+        version = self._model.aliases.get(alias)
         return None if version is None else int(version)
 
     def history(self, alias: str) -> list[int]:
         """Versions that the alias meant, the current one last, even if something else than DigSeg set it."""
-        tags = self._client.get_registered_model(self._name).tags
-        known = [int(number) for number in tags.get(_tag(alias), "").split(",") if number]
+        known = [int(number) for number in self._model.tags.get(_tag(alias), "").split(",") if number]
         current = self.version(alias)
         return known if current is None or current in known[-1:] else [*known, current]
 
@@ -120,10 +126,11 @@ class _LockedModel:
 
     def set(self, alias: str, version: int, history: list[int]) -> None:
         """Move the alias and note its versions so far."""
-        if _owner(self._client, self._name) != self._owner:
+        tags = self._client.get_registered_model(self._name).tags
+        if self._lock.key not in tags or time.monotonic() - self._lock.since > _HOLD_S:
             raise DigSegError(
-                f"the lock on the aliases of {self._name!r} was held for more than {_STALE_S:.0f} s and taken over by "
-                f"another process; nothing was changed, try again"
+                f"the lock on the aliases of {self._name!r} was held for more than {_HOLD_S:.0f} s, and another "
+                "process may have taken it over; nothing was changed, try again"
             )
         try:
             self._client.set_registered_model_alias(self._name, alias, str(version))
@@ -139,53 +146,72 @@ class _LockedModel:
             ) from error
 
 
+@dataclass(frozen=True)
+class _Lock:
+    key: str  # of the tag, used once and never again
+    since: float  # monotonic time before which nobody saw it
+
+
 @contextmanager
 def _locked(store: str, name: str) -> Iterator[_LockedModel]:
     client = connect(store)
-    owner = f"{getpass.getuser()} on {platform.node()}, process {os.getpid()}, {uuid.uuid4().hex[:8]}"
-    deadline = time.monotonic() + _WAIT_S
-    while not _created(client, name, owner):
-        _remove_if_stale(client, name)
-        if time.monotonic() > deadline:
-            raise DigSegError(
-                f"aliases of {name!r} are being moved by another process ({_owner(client, name)}); try again in a "
-                "minute, when its lock counts as left behind"
-            )
-        time.sleep(_POLL_S)
     try:
-        yield _LockedModel(client, name, owner)
+        lock, model = _acquired(client, name)
+        try:
+            yield _LockedModel(client, model, lock)
+        finally:
+            _remove(client, name, lock.key)
     except MlflowException as error:
         raise DigSegError(f"the registry {store} does not move aliases of {name!r}: {first_line(error)}") from error
+
+
+def _acquired(client: MlflowClient, name: str) -> tuple[_Lock, RegisteredModel]:
+    """Wait until no other lock counts, and hold one; the model as it is then."""
+    deadline = time.monotonic() + _WAIT_S
+    seen: dict[str, float] = {}  # locks of others -> when this process saw them first
+    while True:
+        try:
+            owners = _owners(client.get_registered_model(name), seen)
+            if not owners and (held := _put(client, name, seen)):
+                return held
+        except MlflowException as error:
+            if error.error_code not in _TRY_AGAIN:
+                raise
+            owners = [first_line(error)]
+        if time.monotonic() > deadline:
+            by = f" ({', '.join(owners)})" if owners else ""
+            raise DigSegError(f"aliases of {name!r} are being moved by another process{by}; try again later")
+        time.sleep(random.uniform(*_PAUSE_S))
+
+
+def _put(client: MlflowClient, name: str, seen: dict[str, float]) -> tuple[_Lock, RegisteredModel] | None:
+    """Put a lock on the model, and take it off again (None) if somebody else did the same meanwhile."""
+    lock = _Lock(f"{_LOCK}{uuid.uuid4().hex}", time.monotonic())
+    alone = False
+    try:
+        client.set_registered_model_tag(name, lock.key, f"{getpass.getuser()} on {platform.node()}, {os.getpid()}")
+        # Of two processes that put theirs at the same time, at least one sees the other's here.
+        model = client.get_registered_model(name)
+        alone = not _owners(model, seen, besides=lock.key)
     finally:
-        with suppress(MlflowException):
-            if _owner(client, name) == owner:
-                client.delete_registered_model(name + LOCK_SUFFIX)
+        for key in list(seen) if alone else [lock.key]:
+            _remove(client, name, key)
+    return (lock, model) if alone else None
 
 
-def _created(client: MlflowClient, name: str, owner: str) -> bool:
-    """Whether this process made the lock, which nobody else holds then."""
-    try:
-        client.create_registered_model(name + LOCK_SUFFIX, tags={"owner": owner})
-    except MlflowException as error:
-        if error.error_code in _TRY_AGAIN:
-            return False
-        raise DigSegError(f"aliases of {name!r} cannot be locked: {first_line(error)}") from error
-    return True
+def _owners(model: RegisteredModel, seen: dict[str, float], besides: str | None = None) -> list[str]:
+    """The owners of locks that count. That a lock was left behind is told by how long this process has seen it, as
+    the clocks of two machines may differ."""
+    now = time.monotonic()
+    locks = {key: owner for key, owner in model.tags.items() if key.startswith(_LOCK) and key != besides}
+    for gone in seen.keys() - locks.keys():
+        del seen[gone]
+    return [owner for key, owner in locks.items() if now - seen.setdefault(key, now) < _LEFT_S]
 
 
-def _remove_if_stale(client: MlflowClient, name: str) -> None:
-    with suppress(MlflowException):
-        held_s = time.time() - client.get_registered_model(name + LOCK_SUFFIX).creation_timestamp / 1000
-        if held_s > _STALE_S:
-            client.delete_registered_model(name + LOCK_SUFFIX)
-
-
-def _owner(client: MlflowClient, name: str) -> str | None:
-    try:
-        owner: str | None = client.get_registered_model(name + LOCK_SUFFIX).tags.get("owner")
-    except MlflowException:
-        return None
-    return owner
+def _remove(client: MlflowClient, name: str, lock: str) -> None:
+    with suppress(MlflowException):  # what stays counts as left behind after a while
+        client.delete_registered_model_tag(name, lock)
 
 
 def _tag(alias: str) -> str:

@@ -312,7 +312,7 @@ def _all_models(client: MlflowClient) -> list[RegisteredModel]:
     token = None
     while True:
         page = client.search_registered_models(page_token=token)
-        models.extend(model for model in page if not model.name.endswith(aliases.LOCK_SUFFIX))
+        models.extend(page)
         token = page.token
         if not token:
             return models

@@ -32,7 +32,7 @@ def test_a_record_that_fails_where_no_alias_moved_says_so(store: str, monkeypatc
 def test_a_history_that_fails_after_the_alias_moved_is_told_with_the_move(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _break("set_registered_model_tag", monkeypatch)
+    _break("set_registered_model_tag", monkeypatch, about="digseg.history")
     with pytest.raises(DigSegError, match=r"@champion is version 1 now, but what it was before could not be noted"):
         carry_out(_decision(store, compared_with=2))
     assert aliased_version("digseg", "champion", store) == 1
@@ -46,11 +46,14 @@ def test_a_rollback_whose_record_fails_is_told_with_the_move(store: str, monkeyp
     assert aliased_version("digseg", "champion", store) == 2
 
 
-def _break(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a call of MLflow's client fail as on a database that another process holds."""
+def _break(call: str, monkeypatch: pytest.MonkeyPatch, about: str = "") -> None:
+    """Let a call of MLflow's client, if it is about something, fail as on a database that another process holds."""
+    real = getattr(MlflowClient, call)
 
-    def failing(*_: object, **__: object) -> None:
-        raise MlflowException("database is locked")
+    def failing(*arguments: object, **options: object) -> object:
+        if any(about in str(argument) for argument in arguments):
+            raise MlflowException("database is locked")
+        return real(*arguments, **options)
 
     monkeypatch.setattr(MlflowClient, call, failing)
 
