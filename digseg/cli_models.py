@@ -13,11 +13,14 @@ from digseg.console import say
 if TYPE_CHECKING:  # takes seconds to import
     from rich.table import Table
 
+    from digseg.config import Gate
+    from digseg.evaluation.stored import StoredTallies
     from digseg.registry.promotion import Decision
 
 TRACKING_URI_HELP = "MLflow store (default: $MLFLOW_TRACKING_URI, else the database in outputs/runs)"
 _URI_HELP = "models:/NAME@ALIAS or models:/NAME/VERSION"
 _KEPT = "outputs/evaluations"
+_SHOWN_RUN_ID = 12  # characters in a list: enough to tell runs apart, and the table fits a terminal
 
 
 def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -83,8 +86,8 @@ def _list(options: argparse.Namespace) -> None:
             str(version.version),
             ", ".join(version.aliases),
             version.mean_iou or "-",
-            _time(version.created_ms),
-            version.run_id or "-",
+            _time(version.created_ms).partition(" ")[0],
+            (version.run_id or "-")[:_SHOWN_RUN_ID],
         )
         for version in versions
     ]
@@ -146,33 +149,60 @@ def _promote(options: argparse.Namespace) -> None:
     if options.data:
         gate = gate.model_copy(update={"data": options.data})
 
-    from digseg.cluster.promote import assess
     from digseg.evaluation.stored import StoredTallies
-    from digseg.registry.promotion import carry_out
 
-    kept = StoredTallies(base_directory() / options.kept)
-    decision = assess(
+    passed = promote(
         options.model,
         options.source,
         options.target,
         gate,
-        kept,
+        StoredTallies(base_directory() / options.kept),
         tracking_uri=options.tracking_uri,
         num_gpus=options.num_gpus,
+        dry_run=options.dry_run,
     )
-    place = f"models:/{options.model}@{options.target}"
+    if not passed:
+        raise SystemExit(1)
+
+
+def promote(
+    model: str,
+    source: str,
+    target: str,
+    gate: Gate,
+    kept: StoredTallies,
+    *,
+    tracking_uri: str | None = None,
+    num_gpus: float = 0,
+    dry_run: bool = False,
+) -> bool:
+    """Compare, show, record and, if the gate is passed, move the alias `target` of a registered model.
+
+    Args:
+        source: an alias or a version.
+
+    Returns:
+        Whether `target` may mean what `source` means.
+
+    Raises:
+        DigSegError: as `digseg.cluster.promote.assess` and `digseg.registry.promotion.carry_out` say.
+    """
+    from digseg.cluster.promote import assess
+    from digseg.registry.promotion import carry_out
+
+    decision = assess(model, source, target, gate, kept, tracking_uri=tracking_uri, num_gpus=num_gpus)
+    place = f"models:/{model}@{target}"
     if decision is None:
         say(f"{place} is that version already: nothing to compare")
-        return
+        return True
     _print_decision(decision)
-    if options.dry_run:
+    if dry_run:
         say(f"dry run: nothing was recorded, and {place} stays as it is")
     else:
         run_id = carry_out(decision)
         say(f"recorded in MLflow run {run_id}")
         say(f"{place} {f'is version {decision.challenger.version} now' if decision.passed else 'stays as it is'}")
-    if not decision.passed:
-        raise SystemExit(1)
+    return decision.passed
 
 
 def _print_decision(decision: Decision) -> None:

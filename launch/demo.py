@@ -1,7 +1,8 @@
-"""The whole path in one command: corpora, shards, training, evaluation, registry, prediction.
+"""The whole path in one command: corpora, shards, training, registry, evaluation, promotion, prediction.
 
 ``python launch/demo.py`` runs it on the sample corpora that the project draws itself;
-``python launch/demo.py --corpora DIR`` on real ones. Ends with a table of results, a picture, and
+``python launch/demo.py --corpora DIR`` on real ones. The model becomes champion as with ``digseg promote``: the first
+one at once, a later one if it passes the gate. Ends with a table of results, a picture, and
 ``outputs/demo/summary.json``.
 """
 
@@ -15,25 +16,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from digseg.cli_models import promote
 from digseg.cluster.evaluate import evaluate_models
 from digseg.cluster.runtime import ray_session
-from digseg.config import Config, CorpusSplit, base_directory, load_config
+from digseg.config import Config, CorpusSplit, Gate, base_directory, load_config, load_section
 from digseg.console import say
 from digseg.data.corpus import ShardedCorpus
 from digseg.errors import DigSegError, run_main
 from digseg.evaluation.inference import Predictor
 from digseg.evaluation.picture import PictureRow, prediction_grid
+from digseg.evaluation.report import ReportedModel, report_page
+from digseg.evaluation.stored import StoredTallies
 from digseg.evaluation.temperature import calibrate_model
 from digseg.registry.models import ModelRef, list_versions, resolve, set_alias, tag_evaluation
 from digseg.registry.package import register_model
 from digseg.registry.store import tracking_uri
 from digseg.registry.tracking import MlflowRun, log_evaluation
 from digseg.training.run import TrainingResult, finished_result
-from launch.evaluate import print_calibration, print_report
+from launch.evaluate import KEPT, print_calibration, print_report
 from launch.preparation import ensure_shards, present_manifests
 from launch.train import run_backend
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+GATE = CONFIGS / "gates" / "default.yaml"
 CHALLENGER, CHAMPION = "challenger", "champion"
 
 
@@ -62,6 +67,7 @@ def run_demo(config: Config, out: Path) -> dict[str, Any]:
         raise DigSegError("evaluation.corpora is empty: name a corpus and a split that decide over the champion")
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
+    kept = StoredTallies(base_directory() / KEPT)
     with ray_session(config.cluster):
         seconds |= ensure_shards(config)
         already_trained = finished_result(config) is not None
@@ -74,14 +80,15 @@ def run_demo(config: Config, out: Path) -> dict[str, Any]:
         with _timed(seconds, "registration"):
             model = _registered(config, result, run, anew=not already_trained)
         with _timed(seconds, "evaluation"):
-            evaluation = _evaluated(config, model)
-    log_evaluation(tracking_uri(config), run.run_id, evaluation)
-    tag_evaluation(model, evaluation)
-    set_alias(model.name, _version(model), CHAMPION, tracking_uri(config))
+            evaluation, pages = _evaluated(config, model, kept)
+            log_evaluation(tracking_uri(config), run.run_id, evaluation, pages)
+            tag_evaluation(model, evaluation)
+        with _timed(seconds, "promotion"):
+            alias = _promoted(config, model, kept)
     with _timed(seconds, "prediction"):
-        picture = _picture(config, out / "predictions.png")
+        picture = _picture(config, alias, out / "predictions.png")
     run.log_images([picture])
-    summary = _summary(config, seconds, result, run.run_id, model, evaluation, picture)
+    summary = _summary(config, seconds, result, run.run_id, model, alias, evaluation, picture)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _report(summary, out)
     return summary
@@ -103,9 +110,11 @@ def _calibrate(config: Config, model_dir: Path) -> None:
 def _registered(config: Config, result: TrainingResult, run: MlflowRun, anew: bool) -> ModelRef:
     """The run's model as a registered version, the challenger; one is registered already if the run was finished."""
     if not anew:
-        for row in list_versions(tracking_uri(config)):
+        uri = tracking_uri(config)
+        for row in list_versions(uri):
             if row.run_id == run.run_id and row.name == config.tracking.registered_model:
-                return ModelRef(row.name, row.version, None, row.run_id, tracking_uri(config))
+                set_alias(row.name, row.version, CHALLENGER, uri)
+                return ModelRef(row.name, row.version, CHALLENGER, row.run_id, uri)
     return register_model(
         Path(result.model_dir),
         config,
@@ -115,25 +124,51 @@ def _registered(config: Config, result: TrainingResult, run: MlflowRun, anew: bo
     )
 
 
-def _evaluated(config: Config, model: ModelRef) -> dict[str, Any]:
-    """Results on the corpora trained on, and under ``held_out`` on those that were not."""
-    directory, _ = resolve(model.uri, tracking_uri(config))
-    wanted, root = config.evaluation, config.data.root
-    seen = [(entry.name, entry.split) for entry in wanted.corpora]
-    held_out = [(entry.name, entry.split) for entry in wanted.held_out]
-    (evaluation,) = evaluate_models([directory], root, seen, synonyms=wanted.synonyms)
-    unseen = evaluate_models([directory], root, held_out)[0].result["corpora"] if held_out else {}
-    return {"model": model.as_json(), "data": root, **evaluation.result, "held_out": unseen}
+def _evaluated(config: Config, model: ModelRef, kept: StoredTallies) -> tuple[dict[str, Any], dict[str, str]]:
+    """Results on the corpora trained on, and under ``held_out`` on those that were not; and the page of each."""
+    wanted = config.evaluation
+    result, page = _measured(config, model, wanted.corpora, wanted.synonyms, kept)
+    if not wanted.held_out:
+        return {**result, "held_out": {}}, {"report.html": page}
+    held_out, second_page = _measured(config, model, wanted.held_out, {}, kept)
+    pages = {"report.html": page, "report_held_out.html": second_page}
+    return {**result, "held_out": held_out["corpora"]}, pages
 
 
-def _version(model: ModelRef) -> int:
-    assert model.version is not None  # registered just now
-    return model.version
+def _measured(
+    config: Config,
+    model: ModelRef,
+    entries: Sequence[CorpusSplit],
+    synonyms: Mapping[str, Mapping[str, Sequence[str]]],
+    kept: StoredTallies,
+) -> tuple[dict[str, Any], str]:
+    """Results on some splits, and their page."""
+    directory, reference = resolve(model.uri, tracking_uri(config))
+    root = config.data.root
+    splits = [(entry.name, entry.split) for entry in entries]
+    (evaluation,) = evaluate_models([directory], root, splits, synonyms=synonyms, kept=kept)
+    result = {"model": reference.as_json(), "data": root, **evaluation.result}
+    reported = ReportedModel(Predictor.load(directory), result, evaluation.tallies)
+    return result, report_page([reported], evaluation.splits, [], root)
 
 
-def _picture(config: Config, path: Path) -> Path:
-    """Image, ground truth and prediction of the champion, loaded from the registry by its alias."""
-    directory, model = resolve(f"models:/{config.tracking.registered_model}@{CHAMPION}", tracking_uri(config))
+def _promoted(config: Config, model: ModelRef, kept: StoredTallies) -> str:
+    """Let the model be champion if it passes the gate on the corpora evaluated; the alias that it has then."""
+    entries = [*config.evaluation.corpora, *config.evaluation.held_out]
+    splits = {entry.split for entry in entries}
+    on_these = {
+        "data": config.data.root,
+        "corpora": [entry.name for entry in entries],
+        "split": splits.pop() if len(splits) == 1 else None,
+    }
+    gate = load_section(GATE, Gate).model_copy(update=on_these)
+    passed = promote(model.name, str(model.version), CHAMPION, gate, kept, tracking_uri=tracking_uri(config))
+    return CHAMPION if passed else CHALLENGER
+
+
+def _picture(config: Config, alias: str, path: Path) -> Path:
+    """Image, ground truth and prediction of the model, loaded from the registry by its alias."""
+    directory, model = resolve(f"models:/{config.tracking.registered_model}@{alias}", tracking_uri(config))
     predictor = Predictor.load(directory)
     entries = [*config.evaluation.corpora, *config.evaluation.held_out]
     rows = [row for entry in entries for row in _rows(config, entry, predictor)]
@@ -158,6 +193,7 @@ def _summary(
     result: TrainingResult,
     run_id: str,
     model: ModelRef,
+    alias: str,
     evaluation: Mapping[str, Any],
     picture: Path,
 ) -> dict[str, Any]:
@@ -180,7 +216,7 @@ def _summary(
         "model": {
             "name": model.name,
             "version": model.version,
-            "alias": CHAMPION,
+            "alias": alias,
             "tracking_uri": tracking_uri(config),
         },
         "evaluation": evaluation,

@@ -13,13 +13,15 @@ from digseg.evaluation.figures import paired_differences
 from digseg.evaluation.metrics import Figures
 from digseg.evaluation.tally import Tally
 
+MEAN = "mean"  # the scope that is no domain
+
 
 @dataclass(frozen=True)
 class Requirement:
     """One line of a verdict: the `difference` in mIoU, and what it is at least with the gate's confidence (`bound`),
-    which has to be above `limit`."""
+    which must not be below `limit`; for the mean it has to be above."""
 
-    scope: str  # a domain, or "mean"
+    scope: str  # a domain, or MEAN
     corpora: tuple[str, ...]
     difference: float
     bound: float
@@ -28,7 +30,7 @@ class Requirement:
     @property
     def passed(self) -> bool:
         """Whether the requirement is met."""
-        return self.bound > self.limit
+        return self.bound > self.limit or (self.bound == self.limit and self.scope != MEAN)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def judge(
     for domain in sorted(set(domains.values())):
         corpora = tuple(name for name in pairs if domains[name] == domain)
         rows.append(_requirement(gate, domain, {name: pairs[name] for name in corpora}, -gate.max_drop))
-    return Verdict((*rows, _requirement(gate, "mean", pairs, gate.min_gain)))
+    return Verdict((*rows, _requirement(gate, MEAN, pairs, gate.min_gain)))
 
 
 def _requirement(gate: Gate, scope: str, pairs: Mapping[str, tuple[float, Figures]], limit: float) -> Requirement:

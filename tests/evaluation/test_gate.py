@@ -76,6 +76,7 @@ def test_stricter_gates_pass_less() -> None:
     assert judge(Gate(), CHAMPION, challenger, DOMAINS).passed
     assert not judge(Gate(min_gain=0.05), CHAMPION, challenger, DOMAINS).passed
     assert not judge(Gate(max_drop=0), CHAMPION, model(0.9, 0.9, 0.699), DOMAINS).passed
+    assert judge(Gate(max_drop=0), CHAMPION, model(0.9, 0.9, 0.7), DOMAINS).passed  # which loses nothing
 
 
 def test_different_images_are_not_compared() -> None:

@@ -20,8 +20,9 @@ from digseg.cluster.evaluate import evaluate_models
 from digseg.config import Config
 from digseg.errors import DigSegError
 from digseg.evaluation.stored import StoredTallies
-from digseg.registry.models import set_alias
+from digseg.registry.models import ModelRef, set_alias
 from digseg.registry.package import register_model
+from launch import demo
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
@@ -145,6 +146,24 @@ def test_the_first_champion_has_no_one_to_beat_and_the_same_one_nothing_to_do(
     registry.promote("--to", "best")
     assert "is that version already" in capsys.readouterr().out
     assert len(registry.decisions()) == 1
+
+
+def test_the_demo_promotes_by_the_gate_and_says_what_its_model_is_now(
+    registry: Registry, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = {"corpora": [{"name": "squares", "split": "val"}]}
+    values = {**world.config.model_dump(mode="json"), "evaluation": evaluation, "tracking": {"uri": registry.store}}
+    config, kept = Config.model_validate(values), StoredTallies(registry.folder / "kept")
+    set_alias("digseg", registry.better, "champion", registry.store)
+    worse = ModelRef("digseg", registry.worse, None, world.run_id, registry.store)
+    assert demo._promoted(config, worse, kept) == "challenger"
+    assert "does not pass the gate" in capsys.readouterr().out
+    assert registry.champion == registry.better
+    registry.client.delete_registered_model_alias("digseg", "champion")
+    assert demo._promoted(config, worse, kept) == "champion"
+    assert "nothing is 'champion' yet" in capsys.readouterr().out
+    assert registry.champion == registry.worse
+    assert [run.data.tags["outcome"] for run in registry.decisions()] == ["promoted", "refused"]
 
 
 def test_of_two_promoters_one_wins_and_the_other_is_told(registry: Registry) -> None:
