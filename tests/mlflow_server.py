@@ -16,18 +16,37 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import requests
+
 START_TIMEOUT_S = 120
 
 
-class MlflowServer:
-    """``mlflow server`` on a free port, its store below ``folder``. Ended by its process id."""
+ADMIN, ADMIN_PASSWORD = "admin", "the-admins-own-password"
 
-    def __init__(self, folder: Path) -> None:
+_ACCOUNTS = """
+[mlflow]
+default_permission = READ
+database_uri = sqlite:///{folder}/accounts.db
+admin_username = {user}
+admin_password = {password}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
+
+
+class MlflowServer:
+    """``mlflow server`` on a free port, its store below ``folder``. Ended by its process id.
+
+    Args:
+        accounts: ask for a name and password (``--app-name basic-auth``); at first there is the account ``ADMIN``.
+    """
+
+    def __init__(self, folder: Path, accounts: bool = False) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self._port}"
         self._folder = folder
+        self._accounts = accounts
         self._log = folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -37,15 +56,28 @@ class MlflowServer:
         store = f"sqlite:///{self._folder}/mlflow.db"
         files = str(self._folder / "files")
         options = ["--workers", "1", "--backend-store-uri", store, "--artifacts-destination", files]
+        environment = dict(os.environ)
+        if self._accounts:
+            options += ["--app-name", "basic-auth"]
+            settings = self._folder / "accounts.ini"
+            settings.write_text(_ACCOUNTS.format(folder=self._folder, user=ADMIN, password=ADMIN_PASSWORD))
+            environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test"}
         with self._log.open("a") as output:
             self._process = subprocess.Popen(
                 [*command, *options],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self._folder,
+                env=environment,
                 start_new_session=True,
             )
         self._wait_until_healthy(self._process)
+
+    def administer(self, call: str, **values: str) -> None:
+        """A request of the administrator's about accounts, such as ``2.0/mlflow/users/create``."""
+        account = (ADMIN, ADMIN_PASSWORD)
+        answer = requests.post(f"{self.uri}/api/{call}", json=values, auth=account, timeout=START_TIMEOUT_S)
+        assert answer.ok, answer.text
 
     def stop(self) -> None:
         """End it at once, as a crash would."""

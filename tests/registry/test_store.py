@@ -10,10 +10,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from mlflow_server import answering
+from mlflow_server import ADMIN, MlflowServer, answering
 from small_world import small_config
 
 from digseg.errors import DigSegError
+from digseg.registry.aliases import move_alias
+from digseg.registry.models import aliased_version, list_versions, resolve
 from digseg.registry.store import connect, default_tracking_uri, fluent, tracking_uri
 
 
@@ -64,7 +66,40 @@ def test_a_server_that_never_answers_is_reported_in_seconds() -> None:
         assert time.monotonic() - before < 15
 
 
-def test_wrong_credentials_are_told_apart_from_an_absent_server() -> None:
+@pytest.mark.cluster
+def test_a_server_with_accounts_is_used_with_the_rights_of_the_account(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sign_in(name: str, password: str) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", name)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+
+    server = MlflowServer(tmp_path, accounts=True)  # on the database of `store`
+    server.start()
+    try:
+        with pytest.raises(DigSegError, match=rf"{server.uri} refuses these credentials .*set MLFLOW_TRACKING_USERN"):
+            list_versions(server.uri)
+        sign_in(ADMIN, "not-the-admins-password")
+        with pytest.raises(DigSegError, match=rf"{server.uri} refuses these credentials .*set MLFLOW_TRACKING_USERN"):
+            resolve("models:/digseg@champion", server.uri)
+        for name in ("reader", "promoter"):
+            server.administer("2.0/mlflow/users/create", username=name, password=f"password-of-{name}")
+        model = {"resource_type": "registered_model", "resource_id": "digseg"}
+        server.administer("3.0/mlflow/users/permissions/grant", username="promoter", permission="EDIT", **model)
+
+        sign_in("reader", "password-of-reader")
+        assert len(list_versions(server.uri)) == 2
+        with pytest.raises(DigSegError, match=r"does not move aliases of 'digseg': .*Permission denied"):
+            move_alias(server.uri, "digseg", "champion", 1, expected=2)
+        assert aliased_version("digseg", "champion", server.uri) == 2
+        sign_in("promoter", "password-of-promoter")
+        move_alias(server.uri, "digseg", "champion", 1, expected=2)
+        assert aliased_version("digseg", "champion", store) == 1
+    finally:
+        server.stop()
+
+
+def test_wrong_credentials_before_a_server_are_told_apart_from_an_absent_one() -> None:
     with answering(HTTPStatus.UNAUTHORIZED) as uri, pytest.raises(DigSegError, match=rf"{uri} refuses .*_USERNAME"):
         connect(uri)
 
