@@ -190,13 +190,14 @@ def _example(
     )
     small = sample.image[::step, ::step]
     overlay = (0.45 * small + 0.55 * predicted).round().astype(np.uint8)
-    present = sorted({*np.unique(sample.mask).tolist(), *np.unique(mask).tolist()} - {manifest.ignore_id})
+    present = {*np.unique(sample.mask).tolist(), *np.unique(mask).tolist()}
     return {
         "title": title,
         "score": score,
         "key": sample.key,
         "size": f"{width} x {height}",
-        "present": present,
+        "present": sorted(present - {manifest.ignore_id}),
+        "ignored": manifest.ignore_id in present,
         "image": data_uri(sample.image, "JPEG", _TILE_PX),
         "truth": data_uri(truth, "PNG", _TILE_PX),
         "prediction": data_uri(predicted, "PNG", _TILE_PX),
