@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from PIL import Image
 
 import digseg
 from digseg.config import Config
-from digseg.data.format import list_manifests
+from digseg.data.format import Manifest, list_manifests
 from digseg.errors import DigSegError
 from digseg.model.export import read_card
 from digseg.registry import lineage
+from digseg.registry.card import model_card
 from digseg.registry.intact import ARTIFACT, DIGESTS_ARTIFACT, DIGESTS_KEY, write_digests
 from digseg.registry.models import ModelRef, set_alias
 from digseg.registry.store import connect, first_line, fluent, tracking_uri
@@ -70,7 +72,8 @@ def register_model(
     uri = tracking_uri(config)
     client = connect(uri, create=True)
     experiment = experiment_id(client, uri, config.tracking.experiment)
-    facts = _lineage(model_dir, config, run_id, checkpoint_dir)
+    trained_on = _trained_on(config)
+    facts = _lineage(model_dir, config, run_id, checkpoint_dir, trained_on)
     try:
         # The run that trained the model goes on for the registration; a model without one gets a run of its own.
         run = {"run_id": run_id} if run_id else {"experiment_id": experiment, "run_name": config.run.name}
@@ -101,6 +104,7 @@ def register_model(
     except MlflowException as error:
         raise DigSegError(f"MLflow at {uri} does not take the model: {first_line(error)}") from error
     name, version = config.tracking.registered_model, int(info.registered_model_version)
+    client.update_model_version(name, str(version), model_card(card, trained_on))
     for key, value in facts.items():
         client.set_model_version_tag(name, str(version), key, value)
     reference = ModelRef(name=name, version=version, alias=None, run_id=run_id, tracking_uri=uri)
@@ -151,6 +155,7 @@ def _lineage(
     config: Config,
     run_id: str | None,
     checkpoint_dir: Path | None,
+    trained_on: Sequence[Manifest],
 ) -> dict[str, str]:
     """Tags of a version: where it comes from, down to digests of data, configuration, checkpoint and
     files."""
@@ -165,8 +170,9 @@ def _lineage(
     if checkpoint_dir is not None:
         tags["checkpoint"] = str(checkpoint_dir)
         tags["checkpoint_sha256"] = lineage.file_digest(checkpoint_dir / "manifest.json")
-    trained_on = {(corpus.name, corpus.split) for corpus in config.data.corpora}
-    for manifest in list_manifests(config.data.root):
-        if (manifest.corpus, manifest.split) in trained_on:
-            tags[f"dataset.{manifest.corpus}/{manifest.split}"] = manifest.digest
-    return tags
+    return tags | {f"dataset.{manifest.corpus}/{manifest.split}": manifest.digest for manifest in trained_on}
+
+
+def _trained_on(config: Config) -> list[Manifest]:
+    names = {(corpus.name, corpus.split) for corpus in config.data.corpora}
+    return [manifest for manifest in list_manifests(config.data.root) if (manifest.corpus, manifest.split) in names]

@@ -65,6 +65,8 @@ def test_a_version_carries_its_lineage(world: World) -> None:
     aliases = client.get_registered_model("digseg").aliases
     assert {alias: int(number) for alias, number in aliases.items()} == {"challenger": 1, "champion": 2}
     assert client.get_run(world.run_id).info.status == "FINISHED"
+    assert "| squares | train |" in version.description
+    assert version.description.endswith(f"## Class names trained on\n{', '.join(sorted(VOCABULARY))}")
 
 
 @pytest.mark.parametrize(
