@@ -56,7 +56,8 @@ class MlflowServer:
         store = f"sqlite:///{self._folder}/mlflow.db"
         files = str(self._folder / "files")
         options = ["--workers", "1", "--backend-store-uri", store, "--artifacts-destination", files]
-        environment = dict(os.environ)
+        # Its workers for jobs that nobody gives it here would take a dozen processes.
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         if self._accounts:
             options += ["--app-name", "basic-auth"]
             settings = self._folder / "accounts.ini"

@@ -19,6 +19,7 @@ from digseg.evaluation.metrics import ConfusionMatrix, mean_iou
 from digseg.evaluation.page import data_uri, render
 from digseg.evaluation.protocol import AskedSplit
 from digseg.evaluation.tally import Tally
+from digseg.model.export import ModelCard
 
 _TILE_PX = 360  # longer side of an example
 _CEILING_SAMPLES = 16
@@ -89,7 +90,7 @@ def _evenly(corpus: ShardedCorpus, samples: int) -> Iterator[Sample]:
 
 
 def _facts(model: ReportedModel) -> dict[str, Any]:
-    card, result = model.predictor.card, model.result
+    card, settings, result = model.predictor.card, model.predictor.settings, model.result
     return {
         "uri": result["model"]["uri"],
         "mean_iou": result["mean_iou"],
@@ -102,13 +103,23 @@ def _facts(model: ReportedModel) -> dict[str, Any]:
             "seed": card.metadata.get("seed", "-"),
             "trained on": ", ".join(card.metadata.get("datasets", {})) or "-",
             "denoising steps": "1 (one pass at the final timestep)",
-            "working size": f"{card.short_side} px, shorter side"
-            + "".join(f"; {name} {side} px" for name, side in card.corpus_short_sides.items()),
-            "prompt template": "the class name alone",
+            "working size": _working_size(card, settings.short_side),
+            "prompt templates": "; ".join(settings.templates) + " ({} is the class name)",
+            "classes of a pass": settings.classes_per_pass or f"up to {card.max_classes}",
+            "windows": f"{settings.window} px, overlap {settings.overlap:.0%}" if settings.window else "none",
             "text encoder": card.text_fingerprint,
             "classes trained on": ", ".join(card.names),
         },
     }
+
+
+def _working_size(card: ModelCard, chosen: int | None) -> str:
+    by_corpus = {} if chosen else card.corpus_short_sides
+    named = [
+        f"{chosen or card.short_side} px, shorter side",
+        *(f"{name} {side} px" for name, side in by_corpus.items()),
+    ]
+    return "; ".join(named)
 
 
 def _model_view(model: ReportedModel, name: str, corpus: ShardedCorpus, question: Question) -> dict[str, Any]:

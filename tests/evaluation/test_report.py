@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_world import VOCABULARY, export_random_model, small_config, write_squares
 
-from digseg.config import Config, Protocol
+from digseg.config import Config, PredictionConfig, Protocol
 from digseg.data.corpus import ShardedCorpus
 from digseg.evaluation import report
 from digseg.evaluation.evaluate import count_samples
@@ -95,6 +95,8 @@ def test_the_page_stands_alone_and_says_what_was_measured(page: str) -> None:
         "models:/digseg/2",
         "round hole (never trained on)",
         "mIoU of models:/digseg/2 minus",
+        "48 px, shorter side",
+        "{} ({} is the class name)",
     ):
         assert said in text
     assert "box &lt;b&gt;" in page  # names are text, never markup
@@ -128,7 +130,8 @@ def test_the_ceiling_is_one_at_the_images_own_size_and_falls_with_the_working_si
 ) -> None:
     corpus = ShardedCorpus(folder / "shards", "squares", "val")
     ceilings = [
-        mask_ceiling(Predictor.load(folder / "first" / "model", short_side=side), corpus) for side in (16, 48, 512)
+        mask_ceiling(Predictor.load(folder / "first" / "model", settings=PredictionConfig(short_side=side)), corpus)
+        for side in (16, 48, 512)
     ]
     assert ceilings == sorted(ceilings)
     assert ceilings[0] < 0.9
