@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _loss() -> SegmenterLoss:
     config = load_config(CONFIG)
     torch.manual_seed(config.run.seed)
-    encoder = load_text_encoder(config.model.text)
+    encoder = load_text_encoder(config.model)
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,

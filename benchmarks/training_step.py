@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _loss(config: Config, world: World) -> SegmenterLoss:
-    encoder = load_text_encoder(config.model.text)
+    encoder = load_text_encoder(config.model)
     return SegmenterLoss(build_segmenter(config, encoder), config, torch.randn(NAMES, encoder.dim)).to(world.device)
 
 

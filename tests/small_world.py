@@ -18,7 +18,7 @@ from shard_writing import write_split
 from digseg.config import Config
 from digseg.data.format import Manifest
 from digseg.model import build_segmenter
-from digseg.model.export import export_model
+from digseg.model.export import LoadedModel, export_model, model_card
 from digseg.model.text import build_text_table, load_text_encoder
 from digseg.registry.models import ModelRef
 from digseg.registry.package import register_model
@@ -98,10 +98,12 @@ def write_squares(root: Path, split: str, number: int, corpus: str = "squares", 
 def export_random_model(directory: Path, config: Config, names: Sequence[str] = VOCABULARY) -> Path:
     """An exported model as training leaves it, with the weights that it starts from."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    encoder = load_text_encoder(config.model.text)
+    encoder = load_text_encoder(config.model)
     table = build_text_table(sorted(names), encoder)
-    state = build_segmenter(config).state_dict()
-    return export_model(directory, state, config, table, encoder.fingerprint, {"step": 0})
+    segmenter = build_segmenter(config, encoder)
+    segmenter.pathway.text_mean.copy_(table.mean)
+    model = LoadedModel(segmenter, model_card(config, table, encoder.fingerprint, {"step": 0}), encoder)
+    return export_model(directory, model, segmenter.state_dict())
 
 
 def picture_bytes(height: int = 50, width: int = 70, file_format: str = "PNG", seed: int = 0) -> bytes:

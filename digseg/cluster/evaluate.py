@@ -27,7 +27,7 @@ from digseg.evaluation.inference import Predictor
 from digseg.evaluation.protocol import AskedSplit, ask
 from digseg.evaluation.stored import StoredTallies
 from digseg.evaluation.tally import Tally
-from digseg.model.export import ModelCard, read_card
+from digseg.model.card import ModelCard, read_card
 from digseg.registry.lineage import directory_digest, mapping_digest, source_digest
 
 _PIECE = 16  # samples of a task, at most: all of one shard

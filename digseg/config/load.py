@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from digseg.config.schema import Config
-from digseg.config.section import is_location
+from digseg.config.section import is_hub_id, is_location, is_weights
 from digseg.errors import DigSegError, nearest
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -151,7 +151,9 @@ def _with_absolute_locations(section: SectionT) -> SectionT:
         if isinstance(value, BaseModel):
             updates[name] = _with_absolute_locations(value)
         elif isinstance(value, str) and "://" not in value and is_location(field):
-            updates[name] = str((base_directory() / Path(value).expanduser()).absolute())
+            path = (base_directory() / Path(value).expanduser()).absolute()
+            if not (is_weights(field) and is_hub_id(value) and not path.is_dir()):
+                updates[name] = str(path)
     return section.model_copy(update=updates)
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from digseg.config.section import Location, NonNegative, Positive, Section
+from digseg.config.section import NonNegative, Positive, Section, Weights
 
 
 class AutoencoderConfig(Section):
-    """Image <-> latent. ``shuffle`` is pixel (un)shuffle; ``kl`` a diffusers AutoencoderKL directory."""
+    """Image <-> latent. ``shuffle`` is pixel (un)shuffle; ``kl`` Stable Diffusion's AutoencoderKL."""
 
     type: Literal["shuffle", "kl"] = "shuffle"
     factor: Annotated[int, Field(ge=1)] = 4  # of ``shuffle``; ``kl`` brings its own
-    path: Location | None = None
+    path: Weights | None = None  # of ``kl``: a diffusers directory, its vae folder, or a hub id
 
     @model_validator(mode="after")
     def _path_belongs_to_kl(self) -> Self:
@@ -28,10 +28,10 @@ class AutoencoderConfig(Section):
 
 
 class TextConfig(Section):
-    """Frozen text encoder. ``minilm`` comes with the installation; ``clip`` is a local directory."""
+    """Frozen text encoder. ``minilm`` comes with the installation; ``clip`` is Stable Diffusion's, or any CLIP."""
 
     type: Literal["minilm", "clip"] = "minilm"
-    path: Location | None = None
+    path: Weights | None = None  # of ``clip``: a diffusers directory, one of encoder and tokenizer, or a hub id
 
     @model_validator(mode="after")
     def _clip_has_a_path(self) -> Self:
@@ -41,7 +41,7 @@ class TextConfig(Section):
 
 
 class UNetConfig(Section):
-    """diffusers UNet2DConditionModel; one entry of ``block_out_channels`` and ``attention`` per level."""
+    """A U-Net from scratch, of diffusers; one entry of ``block_out_channels`` and ``attention`` per level."""
 
     block_out_channels: Annotated[list[Positive], Field(min_length=2)] = [32, 64, 96, 128]
     attention: list[bool] = [False, False, False, True]
@@ -49,7 +49,6 @@ class UNetConfig(Section):
     cross_attention_dim: Positive = 128
     num_heads: Positive = 4
     norm_num_groups: Positive = 32
-    attention_kernel: Literal["auto", "xformers", "sdpa", "math"] = "auto"
 
     @model_validator(mode="after")
     def _levels_match(self) -> Self:
@@ -70,17 +69,60 @@ class UNetConfig(Section):
 class PathwayConfig(Section):
     """The text pathway aligned with the decoder's features."""
 
-    dim: Positive = 64  # of the text-aligned space at the feedback scale
+    enabled: bool = True  # without it, the U-Net paints the mask alone and its colours are the prediction
+    scales: Positive = 1  # decoder scales that are aligned, from the finest up; Stable Diffusion's U-Nets have 3
+    feedback: bool = True  # whether the attended class tokens are added back to the features
+    dim: Positive = 64  # of the text-aligned space at a decoder scale
     head_dim: Positive = 13  # of the full-resolution head, before the image's 3 channels join
     query_layers: NonNegative = 1  # transformer layers over the set of class names
     query_scale: float = 1.4  # initial log of the similarity's scale
-    gate: float = 0.5  # initial feedback gate; 0 for a pretrained U-Net
+    gate: float | None = None  # initial gate of the feedback; None: 0.5, and 0 for a pretrained U-Net
 
 
 class ModelConfig(Section):
     """The segmenter's parts."""
 
+    # Stable Diffusion 1.5, 2.0 or 2.1 to start from: a diffusers directory, or an id on the Hugging Face hub. The
+    # autoencoder and the text encoder are its own, unless their sections say otherwise.
+    pretrained: Weights | None = None
+    pickled_weights: bool = False  # take weights that only come pickled (*.bin); else safetensors alone
+    attention: Literal["auto", "xformers", "sdpa", "math"] = "auto"  # kernel of the U-Net's attention in training
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     text: TextConfig = TextConfig()
     unet: UNetConfig = UNetConfig()
     pathway: PathwayConfig = PathwayConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pretrained_brings_its_parts(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("pretrained") is None:
+            return values
+        return {
+            **values,
+            "autoencoder": _part_of(values["pretrained"], "kl", values.get("autoencoder")),
+            "text": _part_of(values["pretrained"], "clip", values.get("text")),
+        }
+
+    @model_validator(mode="after")
+    def _one_unet(self) -> Self:
+        if self.pretrained is not None and self.unet != UNetConfig():
+            raise ValueError(
+                "unet describes a U-Net from scratch, but pretrained brings its own: drop unet or pretrained"
+            )
+        return self
+
+    @property
+    def initial_gate(self) -> float:
+        """Where the pathway's feedback starts: closed on a pretrained U-Net, which has never seen it."""
+        if self.pathway.gate is not None:
+            return self.pathway.gate
+        return 0.5 if self.pretrained is None else 0.0
+
+
+def _part_of(pretrained: Any, kind: str, section: Any) -> Any:
+    """The settings of a part, with that of the pretrained checkpoint where they name no other."""
+    if section is None:
+        section = {}
+    if not isinstance(section, dict) or section.get("type", kind) != kind:
+        return section
+    return {**section, "type": kind, "path": section.get("path") or pretrained}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,15 +17,34 @@ class _LocationMark:
     """Marks a field as a local path or fsspec URL; relative paths are made absolute when a file is loaded."""
 
 
+class _WeightsMark(_LocationMark):
+    """Marks a field as a local path or the id of a repository on the Hugging Face hub, which stays as it is."""
+
+
 Location = Annotated[str, Field(min_length=1), _LocationMark()]
+Weights = Annotated[str, Field(min_length=1), _WeightsMark()]
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether ``source`` reads as an id on the Hugging Face hub (``owner/name``) and is no folder here."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).is_dir()
 
 
 def is_location(field: FieldInfo) -> bool:
-    """Whether ``field`` holds a :data:`Location` (or none)."""
+    """Whether ``field`` holds a :data:`Location` or :data:`Weights` (or none)."""
+    return _is_marked(field, _LocationMark)
+
+
+def is_weights(field: FieldInfo) -> bool:
+    """Whether ``field`` holds :data:`Weights` (or none)."""
+    return _is_marked(field, _WeightsMark)
+
+
+def _is_marked(field: FieldInfo, mark: type[_LocationMark]) -> bool:
     marks = [*field.metadata]
     for inner in getattr(field.annotation, "__args__", ()):
         marks += getattr(inner, "__metadata__", ())
-    return any(isinstance(mark, _LocationMark) for mark in marks)
+    return any(isinstance(one, mark) for one in marks)
 
 
 class Section(BaseModel):

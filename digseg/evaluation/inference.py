@@ -20,7 +20,9 @@ from digseg.evaluation.passes import ANCHOR, Pass, merge_passes, plan_passes
 from digseg.evaluation.pixels import ArrayPixels, Pixels
 from digseg.evaluation.windows import blended
 from digseg.model import SegmenterOutput
-from digseg.model.export import LoadedModel, ModelCard, load_model
+from digseg.model.attention import use_attention
+from digseg.model.card import ModelCard
+from digseg.model.export import LoadedModel, load_model
 
 _PASSES_AT_ONCE = 8  # at most, through the U-Net; fewer where they have many classes
 _MAX_ASPECT = 16  # an image longer than this many times its short side is brought to that many times the working size
@@ -52,6 +54,7 @@ class Predictor:
             )
         self._device = torch.device(device)
         self._segmenter = model.segmenter.to(self._device)
+        use_attention(self._segmenter.unet, "auto", self._device)
         self._embedded: dict[tuple[tuple[str, ...], ...], Tensor] = {}
 
     @classmethod

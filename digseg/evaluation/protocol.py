@@ -12,7 +12,7 @@ from digseg.errors import DigSegError, nearest
 from digseg.evaluation.evaluate import Question, renamed
 
 if TYPE_CHECKING:  # takes seconds to import
-    from digseg.model.export import ModelCard
+    from digseg.model.card import ModelCard
 
 
 @dataclass(frozen=True)

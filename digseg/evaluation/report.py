@@ -19,7 +19,7 @@ from digseg.evaluation.metrics import ConfusionMatrix, mean_iou
 from digseg.evaluation.page import data_uri, render
 from digseg.evaluation.protocol import AskedSplit
 from digseg.evaluation.tally import Tally
-from digseg.model.export import ModelCard
+from digseg.model.card import ModelCard
 
 _TILE_PX = 360  # longer side of an example
 _CEILING_SAMPLES = 16

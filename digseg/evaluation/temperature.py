@@ -21,7 +21,8 @@ from digseg.data.corpus import Sample, ShardedCorpus
 from digseg.errors import DigSegError
 from digseg.evaluation.calibration import Reliability, reliability_counts
 from digseg.evaluation.inference import Predictor
-from digseg.model.export import load_model, write_card
+from digseg.model.card import write_card
+from digseg.model.export import load_model
 
 _BOUNDS = (0.05, 20.0)
 _FLOOR = 1e-12  # least probability, so that its logarithm is finite

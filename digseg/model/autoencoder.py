@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from digseg.config import AutoencoderConfig
-from digseg.errors import DigSegError
 from digseg.model.palette import palette
+from digseg.model.pretrained import load_vae
+from digseg.model.weights import sha256_of
 
 
 class Autoencoder(Protocol):
@@ -35,12 +35,19 @@ class Autoencoder(Protocol):
         """Latents of a soft mask: ``weights [B, K, H, W]`` sum to 1 over K, ``colours [B, K, 3]`` are the palette's."""
 
 
-def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """The autoencoder that ``model.autoencoder`` describes."""
+def build_autoencoder(config: AutoencoderConfig, pickled: bool = False) -> Autoencoder:
+    """The autoencoder that ``model.autoencoder`` describes.
+
+    Args:
+        pickled: take weights that only come pickled.
+
+    Raises:
+        DigSegError: there is none at ``path`` (see :func:`digseg.model.pretrained.load_model`).
+    """
     if config.type == "shuffle":
         return ShuffleAutoencoder(config.factor)
     assert config.path is not None  # the schema requires it
-    return KLAutoencoder.load(config.path)
+    return KLAutoencoder(load_vae(config.path, "model.autoencoder.path", pickled))
 
 
 class ShuffleAutoencoder:
@@ -67,50 +74,32 @@ class KLAutoencoder:
     """diffusers' AutoencoderKL (Stable Diffusion's VAE), frozen; the latent is the scaled posterior mean."""
 
     def __init__(self, vae: Any) -> None:
-        self._vae = vae.requires_grad_(False).eval()
+        self.vae = vae.requires_grad_(False).eval()
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.channels = int(vae.config.latent_channels)
         self._scale = float(vae.config.scaling_factor)
         self._palette_cells: Tensor | None = None
 
-    @classmethod
-    def load(cls, path: str) -> KLAutoencoder:
-        """Load a diffusers AutoencoderKL directory (``config.json`` + safetensors)."""
-        from diffusers import AutoencoderKL
-
-        try:
-            # Loading with little memory needs the accelerate package, and saves nothing on a model this small.
-            vae = AutoencoderKL.from_pretrained(
-                path, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
-            )
-        except (OSError, ValueError) as error:
-            raise DigSegError(
-                f"model.autoencoder.path {path!r}: no AutoencoderKL with safetensors weights there ({error}); "
-                "give the 'vae' folder of a diffusers checkpoint"
-            ) from None
-        return cls(vae)
-
     @cached_property
     def identity(self) -> dict[str, str]:
-        config = {name: self._vae.config.get(name) for name in _ENCODER_CONFIG}
+        config = {name: self.vae.config.get(name) for name in _ENCODER_CONFIG}
         return {
             "type": "kl",
             "factor": str(self.factor),
             "scaling factor": str(self._scale),
             "architecture": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-            "weights": _sha256_of_weights(self._vae.state_dict(), _ENCODER_WEIGHTS),
+            "weights": sha256_of({k: v for k, v in self.vae.state_dict().items() if k.startswith(_ENCODER_WEIGHTS)}),
         }
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        self._vae.to(images.device)
-        mean: Tensor = self._vae.encode(images.to(self._vae.dtype)).latent_dist.mean
+        self.vae.to(images.device)
+        mean: Tensor = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean
         return mean.to(images.dtype) * self._scale
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        self._vae.to(latents.device)
-        image: Tensor = self._vae.decode((latents / self._scale).to(self._vae.dtype)).sample
+        self.vae.to(latents.device)
+        image: Tensor = self.vae.decode((latents / self._scale).to(self.vae.dtype)).sample
         return image.to(latents.dtype)
 
     def compose(self, weights: Tensor, colours: Tensor) -> Tensor:
@@ -135,13 +124,3 @@ class KLAutoencoder:
 _ENCODER_WEIGHTS = ("encoder.", "quant_conv.")
 _ENCODER_CONFIG = ("act_fn", "block_out_channels", "down_block_types", "latent_channels", "layers_per_block",
                    "mid_block_add_attention", "norm_num_groups", "use_quant_conv")  # fmt: skip
-
-
-def _sha256_of_weights(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> str:
-    """sha256 over name, type, shape and bytes of the tensors whose names begin so."""
-    digest = hashlib.sha256()
-    for name in sorted(name for name in state if name.startswith(prefixes)):
-        weight = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

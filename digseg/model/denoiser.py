@@ -5,33 +5,50 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
-from digseg.config import UNetConfig
+from digseg.config import ModelConfig, UNetConfig
 from digseg.errors import DigSegError
+from digseg.model.pretrained import UNET, load_scheduler, load_unet, model_shapes
+
+_KEY = "model.pretrained"
+# What makes a U-Net ask for more than a latent, a timestep and tokens (SDXL, class-conditional models, ...).
+_FURTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 
 
-def build_unet(config: UNetConfig, latent_channels: int) -> Any:
-    """A U-Net from scratch with ``2 * latent_channels`` inputs and ``latent_channels`` outputs."""
-    levels = len(config.block_out_channels)
-    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
-    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
-    unet = UNet2DConditionModel(
-        in_channels=2 * latent_channels,
-        out_channels=latent_channels,
-        down_block_types=tuple(down),
-        up_block_types=tuple(up),
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=config.layers_per_block,
-        cross_attention_dim=config.cross_attention_dim,
-        # diffusers' name for the number of heads of this model class
-        attention_head_dim=(config.num_heads,) * levels,
-        norm_num_groups=config.norm_num_groups,
-    )
-    set_attention_kernel(unet, config.attention_kernel, torch.device("cpu"))
+def build_unet(config: ModelConfig, latent_channels: int, shapes_only: bool = False) -> Any:
+    """The U-Net with ``2 * latent_channels`` inputs and ``latent_channels`` outputs, pretrained or from scratch.
+
+    Args:
+        shapes_only: without weights, for use on the meta device.
+
+    Raises:
+        DigSegError: ``model.pretrained`` has none that fits (see :func:`digseg.model.pretrained.load_model`).
+    """
+    if config.pretrained is None:
+        return _from_scratch(config.unet, latent_channels)
+    if shapes_only:
+        unet = model_shapes(UNet2DConditionModel, config.pretrained, UNET, _KEY)
+    else:
+        unet = load_unet(config.pretrained, _KEY, config.pickled_weights)
+    _check_inputs(unet, config.pretrained, latent_channels)
+    grow_conv_in(unet)
     return unet
+
+
+def build_scheduler(config: ModelConfig) -> Any:
+    """The noise schedule: that of the pretrained checkpoint, else Stable Diffusion's on the clean sample."""
+    if config.pretrained is not None:
+        return load_scheduler(config.pretrained, _KEY)
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="sample",
+        clip_sample=False,
+    )
 
 
 def grow_conv_in(unet: Any) -> None:
@@ -49,29 +66,34 @@ def grow_conv_in(unet: Any) -> None:
     unet.register_to_config(in_channels=new.in_channels)
 
 
-def set_attention_kernel(unet: Any, kernel: str, device: torch.device) -> str:
-    """Install the attention processor of ``kernel`` and return the kernel really used.
-
-    ``auto`` is PyTorch's fused attention on CUDA and the plain product elsewhere, which is faster on a CPU
-    at this project's small sizes.
-
-    Raises:
-        DigSegError: xformers asked for without CUDA, or not installed.
-    """
-    if kernel == "auto":
-        kernel = "sdpa" if device.type == "cuda" else "math"
-    if kernel == "xformers":
-        if device.type != "cuda":
-            raise DigSegError("model.unet.attention_kernel: xformers has no CPU operator; use auto, sdpa or math here")
-        unet.enable_xformers_memory_efficient_attention()
-    else:
-        unet.set_attn_processor(AttnProcessor2_0() if kernel == "sdpa" else AttnProcessor())
-    used = attention_kernel(unet)
-    assert used in (kernel, ""), f"{kernel} was asked for, {used} is installed"
-    return kernel
+def _from_scratch(config: UNetConfig, latent_channels: int) -> Any:
+    levels = len(config.block_out_channels)
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
+    return UNet2DConditionModel(
+        in_channels=2 * latent_channels,
+        out_channels=latent_channels,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        block_out_channels=tuple(config.block_out_channels),
+        layers_per_block=config.layers_per_block,
+        cross_attention_dim=config.cross_attention_dim,
+        # diffusers' name for the number of heads of this model class
+        attention_head_dim=(config.num_heads,) * levels,
+        norm_num_groups=config.norm_num_groups,
+    )
 
 
-def attention_kernel(unet: Any) -> str:
-    """The kernel that the U-Net's attention really uses, by its processors; empty if it has none."""
-    names = {AttnProcessor2_0: "sdpa", AttnProcessor: "math", XFormersAttnProcessor: "xformers"}
-    return "+".join(sorted({names[type(processor)] for processor in unet.attn_processors.values()}))
+def _check_inputs(unet: Any, source: str, latent_channels: int) -> None:
+    further = [f"{name} {unet.config.get(name)!r}" for name in _FURTHER_INPUTS if unet.config.get(name) is not None]
+    if further or not isinstance(unet.config.cross_attention_dim, int):
+        raise DigSegError(
+            f"{_KEY} {source!r}: this U-Net needs inputs that segmentation does not have "
+            f"({', '.join(further) or 'several text encoders'}), as SDXL's does; use Stable Diffusion 1.5, 2.0 or 2.1"
+        )
+    if (unet.config.in_channels, unet.config.out_channels) != (latent_channels, latent_channels):
+        raise DigSegError(
+            f"{_KEY} {source!r}: the U-Net has {unet.config.in_channels} inputs and {unet.config.out_channels} "
+            f"outputs, but the autoencoder's latents have {latent_channels} channels; use a text-to-image checkpoint "
+            "(not one for inpainting or depth) with its own autoencoder"
+        )

@@ -1,10 +1,14 @@
-"""The exported model: a diffusers-style directory of safetensors and JSON, written whole or not at all.
+"""The exported model: a directory in the layout of a diffusers pipeline, written whole or not at all.
 
 ::
 
-    digseg.json                  what the model is: configuration, text statistics, vocabulary, lineage
+    model_index.json             the components, as diffusers lists them
+    digseg.json, README.md       what the model is (see digseg.model.card)
     unet/                        diffusers UNet2DConditionModel (config.json, *.safetensors)
-    pathway/model.safetensors    query encoder, feedback, head, mean of the text embeddings
+    pathway/                     query encoder, aligned scales, head, mean of the text embeddings
+    scheduler/                   the noise schedule
+    vae/                         where the autoencoder has weights
+    text_encoder/, tokenizer/    where the text encoder is no installed package
 """
 
 from __future__ import annotations
@@ -13,48 +17,29 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from digseg import __version__
-from digseg.config import Config, ModelConfig
+from digseg.config import Config
 from digseg.errors import DigSegError
-from digseg.model.autoencoder import build_autoencoder
-from digseg.model.denoiser import build_unet
+from digseg.model.autoencoder import Autoencoder, KLAutoencoder, build_autoencoder
+from digseg.model.card import FORMAT_VERSION, ModelCard, read_card, write_card
 from digseg.model.palette import palette
+from digseg.model.pathway import Pathway
+from digseg.model.pretrained import SCHEDULER, UNET, VAE, Part, load_scheduler, load_unet, load_vae
+from digseg.model.pretrained import load_model as load_part
 from digseg.model.segmenter import Segmenter
-from digseg.model.text import TextEncoder, TextTable, load_text_encoder, standardise
+from digseg.model.text import CLIPText, TextEncoder, TextTable, load_text_encoder, standardise
 
-FORMAT_VERSION = 1
-_CARD = "digseg.json"
-_UNET = "unet/diffusion_pytorch_model.safetensors"
-_PATHWAY = "pathway/model.safetensors"
-_TEXT_MEAN = "text_mean"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """What an exported model says of itself."""
-
-    format_version: int
-    digseg_version: str
-    model: ModelConfig
-    text_fingerprint: str
-    names: tuple[str, ...]  # class names it was trained on
-    short_side: int  # px: the size that images are brought to ...
-    corpus_short_sides: dict[str, int]  # ... unless they are of a corpus that was trained at another
-    palette_size: int
-    max_classes: int  # per pass
-    metadata: dict[str, Any]  # lineage: run, step, data digests, ...
-    temperature: float = 1.0  # of its probabilities, see digseg.evaluation.temperature
+PATHWAY = Part("pathway", "diffusion_pytorch_model")
+_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +49,6 @@ class LoadedModel:
     segmenter: Segmenter
     card: ModelCard
     text_encoder: TextEncoder
-    text_mean: Tensor  # float32 [D]
 
     def embed(self, classes: Sequence[Sequence[str]]) -> Tensor:
         """Standardised embeddings ``[K, D]`` of K classes, each in one or more wordings, whose directions are averaged.
@@ -73,34 +57,57 @@ class LoadedModel:
         """
         raw = self.text_encoder.encode([wording for wordings in classes for wording in wordings])
         parts = torch.split(raw, [len(wordings) for wordings in classes])
-        return standardise(torch.stack([F.normalize(part.mean(0), dim=0) for part in parts]), self.text_mean)
+        return standardise(
+            torch.stack([F.normalize(part.mean(0), dim=0) for part in parts]), self.segmenter.pathway.text_mean.cpu()
+        )
 
     def colours(self, num_classes: int) -> Tensor:
         """The first colours of the palette, ``[K, 3]``."""
         return palette(self.card.palette_size)[:num_classes]
 
+    @property
+    def components(self) -> dict[str, Any]:
+        """All that has files in an export, by its folder; None where this model has no such part."""
+        autoencoder = self.segmenter.autoencoder
+        return {
+            UNET.folder: self.segmenter.unet,
+            PATHWAY.folder: self.segmenter.pathway,
+            SCHEDULER.folder: self.segmenter.scheduler,
+            VAE.folder: autoencoder.vae if isinstance(autoencoder, KLAutoencoder) else None,
+            "text_encoder": None,
+            "tokenizer": None,
+            **self.text_encoder.modules,
+        }
 
-def export_model(
-    directory: Path,
-    state: Mapping[str, Tensor],
-    config: Config,
-    table: TextTable,
-    text_fingerprint: str,
-    metadata: Mapping[str, Any],
-) -> Path:
-    """Write the weights ``state`` (of a :class:`Segmenter`) with all that prediction needs; replaces ``directory``.
 
-    The model appears by rename: a reader never sees half of it.
+def export_model(directory: Path, model: LoadedModel, weights: Mapping[str, Tensor]) -> Path:
+    """Write a model that is being trained, with all that prediction needs; replaces ``directory``.
+
+    Args:
+        model: its segmenter's own weights are not read (they may be partitioned).
+        weights: of the segmenter, by the names of its parameters and buffers, on the CPU.
     """
+    segmenter = Segmenter(
+        _with_weights(model.segmenter.unet, weights, "unet."),
+        _with_weights(model.segmenter.pathway, weights, "pathway."),
+        model.segmenter.autoencoder,
+        model.segmenter.scheduler,
+    )
+    return save_model(directory, replace(model, segmenter=segmenter))
+
+
+def save_model(directory: Path, model: LoadedModel) -> Path:
+    """Write a model; replaces ``directory``, by rename: a reader never sees half of it."""
     temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "pathway").mkdir(parents=True)
-    unet = build_unet(config.model.unet, build_autoencoder(config.model.autoencoder).channels)
-    unet.load_state_dict({k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")})
-    unet.save_pretrained(temporary / "unet", safe_serialization=True)
-    rest = {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith("unet.")}
-    save_file({**rest, _TEXT_MEAN: table.mean.contiguous()}, temporary / _PATHWAY)
-    write_card(temporary, model_card(config, table, text_fingerprint, metadata))
+    temporary.mkdir(parents=True)
+    index: dict[str, Any] = {"_class_name": "DiGSegPipeline", "_diffusers_version": diffusers.__version__}
+    for name, component in model.components.items():
+        index[name] = [None, None] if component is None else _library_and_class(component)
+        if component is not None:
+            component.save_pretrained(temporary / name)
+    (temporary / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_card(temporary, model.card)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
     return directory
@@ -122,44 +129,6 @@ def model_card(config: Config, table: TextTable, text_fingerprint: str, metadata
     )
 
 
-def is_export(directory: Path) -> bool:
-    """Whether ``directory`` holds an exported model."""
-    return (directory / _CARD).is_file()
-
-
-def read_card(directory: Path) -> ModelCard:
-    """The card of an exported model.
-
-    Raises:
-        DigSegError: ``directory`` holds no exported model, or one of another format.
-    """
-    path = directory / _CARD
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values["format_version"]
-        if version != FORMAT_VERSION:
-            raise DigSegError(f"{path}: model format {version}, this version reads {FORMAT_VERSION}; export it anew")
-        return ModelCard(
-            **{
-                **values,
-                "model": ModelConfig.model_validate(values["model"]),
-                "names": tuple(values["names"]),
-            }
-        )
-    except FileNotFoundError:
-        raise DigSegError(f"{directory}: not an exported model (it has no {_CARD})") from None
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
-        raise DigSegError(f"{path}: not a readable model card ({error}); export the model anew") from None
-
-
-def write_card(directory: Path, card: ModelCard) -> None:
-    """Write the card beside the weights of a model; one that is there is replaced whole."""
-    values = {**asdict(card), "model": card.model.model_dump(mode="json")}
-    partial = directory / f".{_CARD}.tmp"
-    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(directory / _CARD)
-
-
 def load_model(directory: Path) -> LoadedModel:
     """Load an exported model for inference.
 
@@ -167,31 +136,43 @@ def load_model(directory: Path) -> LoadedModel:
         DigSegError: a missing or damaged file, weights of another architecture or not finite, or another
             text encoder than the one it was trained with.
     """
-    card = read_card(directory)
-    text_encoder = load_text_encoder(card.model.text)
+    card, source = read_card(directory), str(directory)
+    text_encoder = _text_encoder(directory, card)
     if text_encoder.fingerprint != card.text_fingerprint:
         raise DigSegError(
             f"{directory}: trained with text encoder {card.text_fingerprint}, but {text_encoder.fingerprint} is "
             "installed; class names would be misread"
         )
-    segmenter = Segmenter(card.model, text_encoder.dim, build_autoencoder(card.model.autoencoder))
-    state = {f"unet.{k}": v for k, v in _read_weights(directory / _UNET).items()}
-    state |= _read_weights(directory / _PATHWAY)
-    text_mean = state.pop(_TEXT_MEAN, None)
-    if text_mean is None or any(not bool(torch.isfinite(tensor).all()) for tensor in state.values()):
-        raise DigSegError(f"{directory}: the weights are incomplete or not finite; export the model anew")
-    try:
-        segmenter.load_state_dict(state)
-    except RuntimeError as error:
-        raise DigSegError(f"{directory}: weights of another architecture than {_CARD} says: {error}") from None
+    pathway = load_part(Pathway, directory / PATHWAY.folder, PATHWAY, source)
+    unet, scheduler = load_unet(source, source), load_scheduler(source, source)
+    segmenter = Segmenter(unet, pathway, _autoencoder(directory, card), scheduler)
     segmenter.eval().requires_grad_(False)
-    return LoadedModel(segmenter, card, text_encoder, text_mean)
+    return LoadedModel(segmenter, card, text_encoder)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise DigSegError(f"{path}: missing; the exported model is incomplete") from None
-    except (OSError, SafetensorError) as error:
-        raise DigSegError(f"{path}: damaged weights ({error}); export the model anew") from None
+def _autoencoder(directory: Path, card: ModelCard) -> Autoencoder:
+    if card.model.autoencoder.type == "shuffle":
+        return build_autoencoder(card.model.autoencoder)
+    return KLAutoencoder(load_vae(str(directory), str(directory)))
+
+
+def _text_encoder(directory: Path, card: ModelCard) -> TextEncoder:
+    if card.model.text.type == "minilm":
+        return load_text_encoder(card.model)
+    return CLIPText.load(str(directory), str(directory))
+
+
+def _with_weights(model: Any, weights: Mapping[str, Tensor], prefix: str) -> Any:
+    """A model of the same configuration with those of ``weights`` whose names begin with ``prefix``, not copied."""
+    with torch.device("meta"):
+        empty = type(model).from_config(model.config)
+    own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    empty.load_state_dict(own, assign=True)
+    return empty
+
+
+def _library_and_class(component: Any) -> list[str]:
+    """Where diffusers finds the class of a component: its library, or its module where that is this project."""
+    module = type(component).__module__
+    library = module.partition(".")[0]
+    return [module if library == "digseg" else library, type(component).__name__]

@@ -34,3 +34,21 @@ def palette(num_colours: int = MAX_COLOURS) -> Tensor:
             chosen.append(int(distance.argmax()))
             distance = torch.minimum(distance, (candidates - candidates[chosen[-1]]).square().sum(1))
         return candidates[chosen].clone()
+
+
+def colour_logits(painted: Tensor, colours: Tensor, mask: Tensor) -> Tensor:
+    """Class scores of a painted mask: minus the squared distance to each class's colour, over 2 sigma^2.
+
+    sigma is 1/8, a quarter of the least distance of two colours, so that a pixel half way between two is undecided
+    and one at a colour is certain.
+
+    Args:
+        painted: ``[B, 3, H, W]``; ``colours``: ``[B, K, 3]``; ``mask``: bool ``[B, K]``, True where a slot has a class.
+
+    Returns:
+        float32 logits ``[B, K, H, W]``; slots outside the mask get a large negative score.
+    """
+    difference = painted.float().unsqueeze(1) - colours.float()[..., None, None]
+    scores = -32.0 * difference.square().sum(2)
+    masked: Tensor = scores.masked_fill(~mask[:, :, None, None], -1e4)
+    return masked

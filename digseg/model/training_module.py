@@ -68,7 +68,8 @@ class SegmenterLoss(nn.Module):
         with lowered_precision(self.precision, device):
             output = self.segmenter(batch.images, text, mask, colours, batch.latents)
         class_score = class_score_loss(output.logits, batch.labels, batch.class_weights)
-        feedback = area_score_loss(output.feedback_logits, batch.labels, batch.class_weights)
+        scales = [area_score_loss(one, batch.labels, batch.class_weights) for one in output.feedback_logits]
+        feedback = torch.stack(scales).mean() if scales else class_score.new_zeros(())
         target = self.segmenter.autoencoder.compose(one_hot(batch.labels, mask.shape[1]), colours)
         reconstruction = reconstruction_loss(output.mask_latents, target, batch.labels)
         loss = (

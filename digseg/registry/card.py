@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from digseg.data.format import Manifest
-from digseg.model.export import ModelCard
+from digseg.model.card import ModelCard
 
 _LENGTH = 5000  # of a description, in the databases that MLflow supports
 

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from digseg.errors import DigSegError
-from digseg.model.export import ModelCard, read_card
+from digseg.model.card import ModelCard, read_card
 from digseg.registry import lineage
 from digseg.registry.models import ModelRef, resolve, version_aliases
 from digseg.registry.store import connect, fluent

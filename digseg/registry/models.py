@@ -181,7 +181,7 @@ def _directory(path: str) -> tuple[Path, ModelRef]:
     if not directory.is_dir():
         raise DigSegError(f"no model directory {directory}; expected {_FORMS}")
     # The model's code takes seconds to import; looking into the registry does not need it.
-    from digseg.model.export import read_card
+    from digseg.model.card import read_card
 
     exported = _exported(directory) if (directory / "MLmodel").is_file() else directory
     run_id = read_card(exported).metadata.get("run_id")

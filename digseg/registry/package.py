@@ -22,7 +22,7 @@ import digseg
 from digseg.config import Config
 from digseg.data.format import Manifest, list_manifests
 from digseg.errors import DigSegError
-from digseg.model.export import read_card
+from digseg.model.card import read_card
 from digseg.registry import lineage
 from digseg.registry.card import model_card
 from digseg.registry.intact import ARTIFACT, DIGESTS_ARTIFACT, DIGESTS_KEY, write_digests

@@ -11,7 +11,8 @@ from digseg.config import AutoencoderConfig, Config
 from digseg.data.loader import Batch
 from digseg.model.autoencoder import Autoencoder, KLAutoencoder, build_autoencoder
 from digseg.model.palette import MAX_COLOURS
-from digseg.model.segmenter import Segmenter
+from digseg.model.pretrained import VAE, model_shapes
+from digseg.model.segmenter import segmenter_shapes
 from digseg.model.training_module import SegmenterLoss
 
 
@@ -36,7 +37,7 @@ def image_flops(config: Config, text_dim: int, num_classes: int) -> ImageFlops:
     plain = config.training.model_copy(update={"precision": "fp32"})  # which has no influence on the count
     with torch.device("meta"):
         autoencoder = _autoencoder(config.model.autoencoder)
-        segmenter = Segmenter(config.model, text_dim, autoencoder)
+        segmenter = segmenter_shapes(config.model, text_dim, autoencoder)
         names = torch.empty(num_classes, text_dim)
         batch = _one_image(config, autoencoder, num_classes)
     loss = SegmenterLoss(segmenter, config.model_copy(update={"training": plain}), names).to("meta")
@@ -54,7 +55,7 @@ def _autoencoder(config: AutoencoderConfig) -> Autoencoder:
     from diffusers import AutoencoderKL
 
     assert config.path is not None  # the schema requires it
-    return _KLShapes(AutoencoderKL.from_config(AutoencoderKL.load_config(config.path, local_files_only=True)))
+    return _KLShapes(model_shapes(AutoencoderKL, config.path, VAE, "model.autoencoder.path"))
 
 
 class _KLShapes(KLAutoencoder):

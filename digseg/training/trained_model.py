@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ class TrainedModel:
 
     def __init__(self, config: Config, names: Sequence[str]) -> None:
         self._config = config
-        self._encoder = load_text_encoder(config.model.text)
+        self._encoder = load_text_encoder(config.model)
         self._table = build_text_table(names, self._encoder)
         self.segmenter = build_segmenter(config, self._encoder)
+        self.segmenter.pathway.text_mean.copy_(self._table.mean)
         self._buffers = {name: buffer.clone() for name, buffer in _persistent_buffers(self.segmenter)}
 
     @property
@@ -37,10 +39,10 @@ class TrainedModel:
         """The module that an engine trains."""
         return SegmenterLoss(self.segmenter, self._config, self._table.embeddings)
 
-    def as_loaded(self) -> LoadedModel:
+    def as_loaded(self, metadata: Mapping[str, Any] = MappingProxyType({})) -> LoadedModel:
         """The model as if it came from an export; its weights are the engine's."""
-        card = model_card(self._config, self._table, self._encoder.fingerprint, {})
-        return LoadedModel(self.segmenter, card, self._encoder, self._table.mean)
+        card = model_card(self._config, self._table, self._encoder.fingerprint, metadata)
+        return LoadedModel(self.segmenter, card, self._encoder)
 
     def state(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The segmenter's whole state with these ``weights``, named as the engine's module names them."""
@@ -48,8 +50,7 @@ class TrainedModel:
 
     def export(self, directory: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write the model with these weights (on the CPU) into ``directory``."""
-        fingerprint = self._encoder.fingerprint
-        export_model(directory, self.state(weights), self._config, self._table, fingerprint, metadata)
+        export_model(directory, self.as_loaded(metadata), self.state(weights))
 
 
 def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from digseg.data.loader import Batch, training_batches
 from digseg.data.training_data import TrainingData
 from digseg.errors import DigSegError
 from digseg.evaluation.picture import prediction_grid
-from digseg.model.denoiser import attention_kernel
+from digseg.model.attention import use_attention
 from digseg.training.checkpoint import Checkpoint, CheckpointStore
 from digseg.training.deepspeed_config import micro_batches
 from digseg.training.engine import Engine
@@ -134,8 +134,15 @@ class Trainer:
         self.data = TrainingData(config.data, config.run.seed)
         self._model = TrainedModel(config, self.data.names)
         segmenter = self._model.segmenter
+        if config.data.crop_size % segmenter.size_multiple:
+            raise DigSegError(
+                f"data.crop_size ({config.data.crop_size}) must be a multiple of {segmenter.size_multiple}, which is a "
+                "cell of the U-Net's coarsest level"
+            )
         self.data.check_autoencoder(segmenter.autoencoder.identity)
-        self._facts = {"device": _device_name(world.device), "attention_kernel": attention_kernel(segmenter.unet)}
+        attention = use_attention(segmenter.unet, config.model.attention, world.device)
+        self._say(f"attention: {attention}")
+        self._facts = {"device": _device_name(world.device), "attention_kernel": attention.name}
         self.engine = Engine(self._model.with_loss(), config, world)
         self._state = TrainingState(self.engine, config.training, world)
         self._unreadable = UnreadableSamples(world, config.data.max_corrupt)

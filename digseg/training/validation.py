@@ -18,7 +18,7 @@ from digseg.evaluation.metrics import ConfusionMatrix
 from digseg.evaluation.picture import PictureRow
 from digseg.evaluation.pixels import ArrayPixels
 from digseg.model.export import LoadedModel
-from digseg.model.segmenter import Segmenter
+from digseg.model.segmenter import segmenter_shapes
 from digseg.model.text import TextEncoder
 from digseg.training.world import World
 
@@ -52,8 +52,7 @@ class Validation:
     def __init__(self, config: Config, world: World, model: LoadedModel) -> None:
         self._world = world
         self._splits = _splits(config)
-        with torch.device("meta"):
-            segmenter = Segmenter(config.model, model.text_encoder.dim, model.segmenter.autoencoder)
+        segmenter = segmenter_shapes(config.model, model.text_encoder.dim, model.segmenter.autoencoder)
         segmenter.eval().requires_grad_(False)
         self._model = replace(model, segmenter=segmenter, text_encoder=_RememberedNames(model.text_encoder))
 
@@ -132,7 +131,7 @@ class _RememberedNames:
     """The embeddings that an encoder gave, so that each name is encoded once a run."""
 
     def __init__(self, encoder: TextEncoder) -> None:
-        self.dim, self.fingerprint = encoder.dim, encoder.fingerprint
+        self.dim, self.fingerprint, self.modules = encoder.dim, encoder.fingerprint, encoder.modules
         self._encoder = encoder
         self._embeddings: dict[str, Tensor] = {}
 

@@ -18,12 +18,13 @@ from small_world import write_squares
 
 from data_prep.encode_latents import main
 from digseg.cluster.runtime import ray_session
+from digseg.config import AutoencoderConfig
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import LATENT_MEMBER, load_manifest
 from digseg.data.latents import draw_views, unpack_latents
 from digseg.data.transforms import as_pixels
 from digseg.errors import DigSegError
-from digseg.model.autoencoder import KLAutoencoder
+from digseg.model.autoencoder import build_autoencoder
 
 SIZE, VIEWS = 32, 3
 
@@ -58,7 +59,7 @@ def test_latents_are_the_encoding_of_the_views_beside_them(shards: Path, tmp_pat
     recipe = corpus.manifest.latents
     assert recipe is not None
     assert (recipe.resolution, recipe.views, recipe.latent_shape) == (SIZE, VIEWS, (4, 16, 16))
-    autoencoder = KLAutoencoder.load(str(tmp_path / "sd" / "vae"))
+    autoencoder = build_autoencoder(AutoencoderConfig(type="kl", path=str(tmp_path / "sd")))
     assert recipe.autoencoder == autoencoder.identity
     for number in range(len(source)):
         sample = source.read(number)

@@ -89,7 +89,7 @@ def test_synonyms_and_templates_are_averaged(predictor: Predictor, image: NDArra
     templates = PredictionConfig(templates=("a photo of {}", "{}"))
     embedded = predictor.with_settings(templates)._embed([asked])[0]
     mean = encoder.encode(wordings).mean(0)
-    centred = mean / mean.norm() - predictor._model.text_mean
+    centred = mean / mean.norm() - predictor._model.segmenter.pathway.text_mean
     torch.testing.assert_close(embedded, centred / centred.norm() * len(centred) ** 0.5)
     plain = predictor.predict(image, ["road", "car"]).probabilities
     averaged = predictor.predict(image, [asked, "car"]).probabilities

@@ -19,7 +19,7 @@ from digseg.data.corpus import ShardedCorpus
 from digseg.errors import DigSegError
 from digseg.evaluation.inference import Predictor, tempered
 from digseg.evaluation.temperature import ScoredPixels, calibrate_model, fit_temperature
-from digseg.model.export import read_card
+from digseg.model.card import read_card
 
 
 def _pixels(temperature: float, number: int, classes: int, seed: int = 0) -> ScoredPixels:

@@ -21,7 +21,7 @@ from digseg.evaluation.figures import class_figure, corpus_figures
 from digseg.evaluation.inference import Predictor
 from digseg.evaluation.protocol import choose_splits
 from digseg.evaluation.stored import StoredTallies
-from digseg.model.export import read_card
+from digseg.model.card import read_card
 from launch.evaluate import main
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]

@@ -6,11 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from diffusion_checkpoint import write_checkpoint
 from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
 from small_world import small_config, write_squares
 
 from digseg.config import dump_config
+from digseg.pipeline import DiGSegPipeline
 
 
 @pytest.fixture
@@ -41,12 +47,40 @@ def test_local_run_trains_without_ray_and_says_where_everything_is(
         assert expected in done.stdout
 
 
+def test_a_pretrained_checkpoint_is_fine_tuned_and_predicts(tmp_path: Path, repository: Path) -> None:
+    """Through DeepSpeed, a checkpoint that is continued, and an export that needs the base no more."""
+    write_squares(tmp_path / "shards", "train", 8)
+    base = write_checkpoint(tmp_path / "sd", "2.0-base")
+    config = small_config(
+        tmp_path,
+        cluster={"backend": "local"},
+        data={"crop_size": 64, "short_side": 64},
+        training={"steps": 2, "threads": 1, "precision": "fp32", "global_batch_size": 2, "checkpoint_every": 1},
+        tracking={"enabled": False},
+    ).model_dump(mode="json")
+    config["model"] = {"pretrained": str(base), "pathway": {"scales": 3, "dim": 8, "head_dim": 5}}
+    (tmp_path / "sd.yaml").write_text(yaml.safe_dump(config))
+    for steps in ("training.steps=1", "training.steps=2"):
+        command = [sys.executable, "launch/train.py", "--config", str(tmp_path / "sd.yaml"), steps]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "goes on after step 1" in done.stdout
+    base.rename(tmp_path / "elsewhere")
+    pipeline = DiGSegPipeline.from_pretrained(tmp_path / "runs" / "small" / "model")
+    grown = load_file(tmp_path / "elsewhere/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    assert not torch.equal(pipeline.unet.conv_in.weight[:, :4], grown / 2)
+    assert torch.allclose(pipeline.unet.conv_in.weight[:, :4], grown / 2, atol=1e-2)
+    assert pipeline(np.zeros((40, 50, 3), np.uint8), ["square", "hole"]).mask.shape == (40, 50)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("training.step=3", "training.step"),
         ("training.deepspeed={optimizer: {type: Adam}}", "training.deepspeed.optimizer: derived by DigSeg"),
         ("data.root=/nowhere", "/nowhere"),
+        ("model={pretrained: /nowhere/sd}", "model.text.path '/nowhere/sd': there is no such folder; give a diffusers"),
+        ("model.attention=xformers", "xformers has no kernel for cpu"),
     ],
 )
 def test_mistake_ends_with_its_message_and_exit_code_2(

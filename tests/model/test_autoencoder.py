@@ -47,7 +47,7 @@ def test_kl_loads_a_diffusers_directory_and_composes_flat_masks_to_their_encodin
 def test_kl_encodes_the_palette_once_and_nothing_when_masks_are_composed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    autoencoder = KLAutoencoder.load(str(write_kl_autoencoder(tmp_path) / "vae"))
+    autoencoder = build_autoencoder(AutoencoderConfig(type="kl", path=str(write_kl_autoencoder(tmp_path))))
     rows = torch.tensor([[5, 0, 63], [1, 7, 7]])
     weights = torch.rand(2, 3, 8, 8).softmax(1).requires_grad_()
     with torch.inference_mode():
@@ -60,5 +60,5 @@ def test_kl_encodes_the_palette_once_and_nothing_when_masks_are_composed(
 
 
 def test_a_directory_without_a_vae_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DigSegError, match="no AutoencoderKL with safetensors weights"):
+    with pytest.raises(DigSegError, match=r"autoencoder.path .* neither vae/config.json nor config.json is"):
         build_autoencoder(AutoencoderConfig(type="kl", path=str(tmp_path)))

@@ -43,12 +43,12 @@ def test_hub_id_is_looked_up_in_the_hubs_cache(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("model", ["nowhere", "./no/where", "/no/where", "a/b/c"])
 def test_missing_folder_is_named(model: str) -> None:
-    with pytest.raises(DigSegError, match="no such folder; give an exported model"):
+    with pytest.raises(DigSegError, match="no such folder; give a diffusers directory"):
         autoencoder_of(model)
 
 
 def test_folder_without_an_autoencoder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DigSegError, match=r"neither digseg.json nor vae/config.json"):
+    with pytest.raises(DigSegError, match=r"neither vae/config.json nor config.json"):
         autoencoder_of(str(tmp_path))
 
 

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusion_checkpoint import write_text
+from transformers import CLIPTokenizer
 
-from digseg.config import TextConfig
+from digseg.config import ModelConfig
 from digseg.errors import DigSegError
 from digseg.model.text import TextEncoder, build_text_table, load_text_encoder, minilm_directory, standardise
 
 
 @pytest.fixture(scope="module")
 def minilm() -> TextEncoder:
-    return load_text_encoder(TextConfig())
+    return load_text_encoder(ModelConfig())
 
 
 def test_minilm_knows_synonyms(minilm: TextEncoder) -> None:
@@ -45,38 +47,50 @@ def test_changed_minilm_weights_are_refused(tmp_path: Path) -> None:
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(DigSegError, match=r"model.safetensors: sha256 \w+... is not all-MiniLM-L6-v2's"):
-        load_text_encoder(TextConfig(path=str(tmp_path / "model")))
+        load_text_encoder(ModelConfig(text={"path": str(tmp_path / "model")}))
 
 
 def test_clip_reads_a_checkpoints_encoder_and_whole_vocabulary(tmp_path: Path) -> None:
-    _write_clip(tmp_path, vocab_size=10)
-    encoder = load_text_encoder(TextConfig(type="clip", path=str(tmp_path)))
+    write_text(tmp_path)
+    encoder = load_text_encoder(_clip(tmp_path))
     vectors = encoder.encode(["ab", "ba"])
     assert vectors.shape == (2, 16)
     assert not torch.allclose(vectors[0], vectors[1])
 
 
 def test_a_clip_tokenizer_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
-    _write_clip(tmp_path, vocab_size=12)
-    with pytest.raises(DigSegError, match="tokenizer has 10 tokens but the text encoder expects 12"):
-        load_text_encoder(TextConfig(type="clip", path=str(tmp_path)))
+    write_text(tmp_path, vocab_size=34)
+    with pytest.raises(DigSegError, match="tokenizer has 32 tokens but the text encoder expects 34"):
+        load_text_encoder(_clip(tmp_path))
+
+
+def test_a_clip_tokenizer_is_read_from_its_files_and_not_made_of_two_tokens(tmp_path: Path) -> None:
+    """Since transformers 5, the constructor takes the files' names and reads none of them."""
+    write_text(tmp_path)
+    files = tmp_path / "tokenizer"
+    vocabulary = CLIPTokenizer.from_pretrained(files).get_vocab()
+    (files / "tokenizer.json").unlink()  # as in the releases
+    (files / "vocab.json").write_text(json.dumps(vocabulary))
+    (files / "merges.txt").write_text("#version: 0.2\n")
+    assert len(CLIPTokenizer(vocab_file=str(files / "vocab.json"), merges_file=str(files / "merges.txt"))) == 2
+    encoder = load_text_encoder(_clip(tmp_path))
+    assert not torch.allclose(*encoder.encode(["a", "b"]))
+
+
+def test_a_name_that_the_encoder_would_cut_is_refused(minilm: TextEncoder, tmp_path: Path) -> None:
+    write_text(tmp_path)
+    clip = load_text_encoder(_clip(tmp_path))
+    clip.encode(["a" * 75])
+    with pytest.raises(DigSegError, match=r"the class name 'aaaa.*' has 78 tokens, but the text encoder reads 77"):
+        clip.encode(["b", "a" * 76])
+    with pytest.raises(DigSegError, match=r"has 602 tokens, but the text encoder reads 512; shorten it"):
+        minilm.encode(["car " * 600])
 
 
 def test_a_missing_clip_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DigSegError, match=r"model.text.path: cannot read the text encoder's weights .*none"):
-        load_text_encoder(TextConfig(type="clip", path=str(tmp_path / "none")))
+    with pytest.raises(DigSegError, match=r"model.text.path '.*none': there is no such folder; give"):
+        load_text_encoder(_clip(tmp_path / "none"))
 
 
-def _write_clip(directory: Path, vocab_size: int) -> None:
-    """A checkpoint of Stable Diffusion's layout with a vocabulary of ten tokens."""
-    words = ["a", "b", "a</w>", "b</w>", "ab</w>", "ba</w>", "c", "c</w>", "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={word: number for number, word in enumerate(words)}, merges=[("a", "b</w>"), ("b", "a</w>")]
-    )
-    tokenizer.save_pretrained(directory / "tokenizer")
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=8, eos_token_id=9, pad_token_id=9,
-    )  # fmt: skip
-    CLIPTextModel(config).save_pretrained(directory / "text_encoder")
+def _clip(directory: Path) -> ModelConfig:
+    return ModelConfig.model_validate({"text": {"type": "clip", "path": str(directory)}})

@@ -128,7 +128,7 @@ def test_interrupted_run_ends_as_the_undisturbed_one_bit_for_bit(folder: Path, k
     assert loss_curve(folder, name) == loss_curve(folder, "whole")
     whole = finished_result(run_config(folder, "whole"))
     assert whole is not None
-    for file in ("unet/diffusion_pytorch_model.safetensors", "pathway/model.safetensors"):
+    for file in ("unet/diffusion_pytorch_model.safetensors", "pathway/diffusion_pytorch_model.safetensors"):
         assert (Path(result.model_dir) / file).read_bytes() == (Path(whole.model_dir) / file).read_bytes()
 
 

@@ -1,0 +1,89 @@
+"""An exported model as a diffusers pipeline; needs torch, diffusers and transformers, and nothing of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
+from PIL import Image
+
+from digseg.errors import DigSegError
+from digseg.evaluation.images import read_image
+from digseg.evaluation.inference import Prediction, Predictor
+from digseg.model.export import LoadedModel, load_model, save_model
+
+
+class DiGSegPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Segments images into classes that are named in words.
+
+    ::
+
+        pipeline = DiGSegPipeline.from_pretrained("outputs/runs/demo/model")
+        prediction = pipeline("street.jpg", ["background", "road", "car"])
+
+    Predictions are those of :class:`digseg.evaluation.inference.Predictor`.
+    """
+
+    _optional_components = ("vae", "text_encoder", "tokenizer")
+
+    def __init__(
+        self,
+        unet: Any,
+        pathway: Any,
+        scheduler: Any,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        model: LoadedModel | None = None,
+    ) -> None:
+        super().__init__()
+        if model is None:
+            raise DigSegError("a DiGSegPipeline is made by DiGSegPipeline.from_pretrained(FOLDER)")
+        self.register_modules(
+            unet=unet,
+            pathway=pathway,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+        self._model = model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> DiGSegPipeline:
+        """The pipeline of an exported model's directory.
+
+        Raises:
+            DigSegError: see :func:`digseg.model.export.load_model`.
+        """
+        model = load_model(Path(pretrained_model_name_or_path))
+        return cls(**model.components, model=model)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the model again, as training wrote it."""
+        save_model(Path(save_directory), self._model)
+
+    def __call__(
+        self, image: str | Path | Image.Image | NDArray[np.uint8], classes: Sequence[str], background: bool = False
+    ) -> Prediction:
+        """Segment an image into ``classes``.
+
+        Args:
+            image: a file, a PIL image, or RGB pixels uint8 ``[H, W, 3]``.
+            classes: names in any wording.
+            background: put a ``background`` class first if none of the names is it.
+
+        Raises:
+            DigSegError: an image or names that cannot be used; see :meth:`Predictor.predict`.
+        """
+        if isinstance(image, str | Path):
+            pixels = read_image(Path(image))
+        elif isinstance(image, Image.Image):
+            pixels = np.array(image.convert("RGB"))
+        else:
+            pixels = image
+        return Predictor(self._model, str(self.device)).predict(pixels, classes, background)
