@@ -29,6 +29,10 @@ def add_prediction_options(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, metavar="PX", help="cut images into overlapping windows of this side (default: not cut)"
     )
     group.add_argument("--overlap", type=float, metavar="SHARE", help="share of a window's side (default: 0.25)")
+    sampled = "of a model trained with the multi-step objective: "
+    group.add_argument("--steps", type=int, metavar="N", help=f"{sampled}DDIM steps, 1 to 50 (default: 10)")
+    group.add_argument("--seed", type=int, metavar="N", help=f"{sampled}seed of the noise (default: 0)")
+    group.add_argument("--ensemble", type=int, metavar="N", help=f"{sampled}masks that are averaged (default: 1)")
 
 
 def prediction_settings(options: argparse.Namespace) -> PredictionConfig:
@@ -37,6 +41,6 @@ def prediction_settings(options: argparse.Namespace) -> PredictionConfig:
     Raises:
         DigSegError: a value that makes no sense.
     """
-    fields = ("short_side", "classes_per_pass", "window", "overlap")
+    fields = ("short_side", "classes_per_pass", "window", "overlap", "steps", "seed", "ensemble")
     given = {name: getattr(options, name) for name in fields}
     return section_of_options(PredictionConfig, {**given, "templates": options.template})

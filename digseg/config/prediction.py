@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from digseg.config.section import Positive, Section
+from digseg.config.section import NonNegative, Positive, Section
 
 
 class PredictionConfig(Section):
@@ -18,6 +18,11 @@ class PredictionConfig(Section):
     templates: Annotated[tuple[str, ...], Field(min_length=1)] = ("{}",)  # a class is asked as the mean over these
     window: Annotated[int, Field(ge=16)] | None = None  # px: side of the windows an image is cut into; None: not cut
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.25  # share of a window that it has in common with the next
+    # Of a model of the multi-step objective: DDIM steps (None: 10), the seed of the noise it starts from, and how many
+    # masks from different noise are averaged
+    steps: Annotated[int, Field(ge=1, le=50)] | None = None
+    seed: NonNegative = 0
+    ensemble: Positive = 1
 
     @field_validator("templates")
     @classmethod

@@ -174,19 +174,33 @@ class DataConfig(Section):
         return self
 
 
-class ObjectiveConfig(Section):
-    """Weights of the loss's parts and of rare classes."""
+class DiffusionConfig(Section):
+    """The noise process of the multi-step objective; betas, and what the U-Net predicts, are its checkpoint's."""
 
+    zero_terminal_snr: bool = True  # the last timestep is pure noise
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None  # 5 is usual; None: no min-SNR weighting
+    multi_resolution_noise: Unit = 0.0  # strength at the last timestep, annealed to 0 at the first; Marigold: 0.9
+
+
+class ObjectiveConfig(Section):
+    """What is trained, and the weights of the loss's parts and of rare classes."""
+
+    # one_step: the mask in one deterministic pass; multi_step: denoising at all timesteps, sampled with DDIM
+    type: Literal["one_step", "multi_step"] = "one_step"
+    diffusion: DiffusionConfig = DiffusionConfig()  # of multi_step
     class_score: Annotated[float, Field(ge=0)] = 1.0
     feedback: Annotated[float, Field(ge=0)] = 0.5
     reconstruction: Annotated[float, Field(ge=0)] = 0.2
+    dice: Annotated[float, Field(ge=0)] = 0.0
     balance_exponent: Unit = 0.5  # e of w_c = f_c^-e / sum_j f_j^(1-e)
     balance_max: Annotated[float, Field(ge=1)] = 5.0
 
     @model_validator(mode="after")
     def _trains_something(self) -> Self:
-        if self.class_score == 0 and self.reconstruction == 0:
-            raise ValueError("class_score and reconstruction are both 0: nothing would be learned")
+        if self.class_score == 0 and self.reconstruction == 0 and self.dice == 0:
+            raise ValueError("class_score, reconstruction and dice are all 0: nothing would be learned")
+        if self.type == "one_step" and self.diffusion != DiffusionConfig():
+            raise ValueError("diffusion is of the multi-step objective: set type: multi_step, or drop it")
         return self
 
 

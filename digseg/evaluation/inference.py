@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from digseg.config import PredictionConfig
+from digseg.config import ObjectiveConfig, PredictionConfig
 from digseg.errors import DigSegError
 from digseg.evaluation.classes import BACKGROUND, ClassQuery, background_of, check_classes, ids_type
 from digseg.evaluation.passes import ANCHOR, Pass, merge_passes, plan_passes
@@ -23,8 +23,10 @@ from digseg.model import SegmenterOutput
 from digseg.model.attention import use_attention
 from digseg.model.card import ModelCard
 from digseg.model.export import LoadedModel, load_model
+from digseg.model.sampling import Sampling, sample_logits
 
 _PASSES_AT_ONCE = 8  # at most, through the U-Net; fewer where they have many classes
+_SAMPLING_STEPS = 10  # of a model of the multi-step objective, unless the settings say
 _MAX_ASPECT = 16  # an image longer than this many times its short side is brought to that many times the working size
 
 
@@ -52,6 +54,7 @@ class Predictor:
                 f"classes_per_pass is {self._settings.classes_per_pass}, but a pass of this model holds "
                 f"{model.card.max_classes} classes, the background included; use {model.card.max_classes - 1} or fewer"
             )
+        self._sampling = _sampling(self._settings, model.card.objective)
         self._device = torch.device(device)
         self._segmenter = model.segmenter.to(self._device)
         use_attention(self._segmenter.unet, "auto", self._device)
@@ -209,6 +212,8 @@ class Predictor:
             "colours": self._model.colours(slots).to(self._device).expand(num_passes, -1, -1),
             "latents": latents.expand(num_passes, -1, -1, -1),
         }
+        if self._sampling is not None:
+            return sample_logits(self._segmenter, **inputs, how=self._sampling)
         output: SegmenterOutput = self._segmenter(**inputs)
         return output.logits
 
@@ -221,6 +226,19 @@ class Predictor:
         if classes not in self._embedded:
             self._embedded[classes] = self._model.embed(classes).to(self._device)
         return self._embedded[classes]
+
+
+def _sampling(settings: PredictionConfig, objective: ObjectiveConfig) -> Sampling | None:
+    """How masks are sampled; None: the model answers in one deterministic step."""
+    if objective.type == "multi_step":
+        steps = settings.steps or _SAMPLING_STEPS
+        return Sampling(objective.diffusion, steps, settings.seed, settings.ensemble)
+    if (settings.steps or 1) > 1 or settings.ensemble > 1 or settings.seed:
+        raise DigSegError(
+            "steps, seed and ensemble are for models of the multi-step objective (objective.type: multi_step); this "
+            "one answers in one deterministic step"
+        )
+    return None
 
 
 def tempered(probabilities: Tensor, temperature: float) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from digseg.config import ModelConfig
+from digseg.config import ModelConfig, ObjectiveConfig
 from digseg.config.section import is_hub_id
 from digseg.errors import DigSegError
 
@@ -32,6 +32,7 @@ class ModelCard:
     palette_size: int
     max_classes: int  # per pass
     metadata: dict[str, Any]  # lineage: run, step, data digests, ...
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # that it was trained with
     temperature: float = 1.0  # of its probabilities, see digseg.evaluation.temperature
 
 
@@ -56,6 +57,7 @@ def read_card(directory: Path) -> ModelCard:
             **{
                 **values,
                 "model": ModelConfig.model_validate(values["model"]),
+                "objective": ObjectiveConfig.model_validate(values.get("objective", {})),
                 "names": tuple(values["names"]),
             }
         )
@@ -67,7 +69,11 @@ def read_card(directory: Path) -> ModelCard:
 
 def write_card(directory: Path, card: ModelCard) -> None:
     """Write the card beside the weights of a model; one that is there is replaced whole."""
-    values = {**asdict(card), "model": card.model.model_dump(mode="json")}
+    values = {
+        **asdict(card),
+        "model": card.model.model_dump(mode="json"),
+        "objective": card.objective.model_dump(mode="json"),
+    }
     texts = {_CARD: json.dumps(values, indent=2, sort_keys=True) + "\n", _README: _readme(card)}
     for name, text in texts.items():
         partial = directory / f".{name}.tmp"

@@ -126,6 +126,7 @@ def model_card(config: Config, table: TextTable, text_fingerprint: str, metadata
         palette_size=config.data.queries.palette_size,
         max_classes=config.data.queries.max_classes,
         metadata=dict(metadata),
+        objective=config.objective,
     )
 
 

@@ -1,4 +1,4 @@
-"""The one-step objective: small pure functions of tensors. Label 255 is ignored everywhere."""
+"""The losses: small pure functions of tensors. Label 255 is ignored everywhere."""
 
 from __future__ import annotations
 
@@ -38,12 +38,36 @@ def area_score_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Te
     return -(weighted * logits.log_softmax(1)).sum() / share.sum().clamp(min=1)
 
 
-def reconstruction_loss(estimate: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-    """Mean squared error of mask latents ``[B, C, h, w]`` over cells without an ignored pixel."""
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 minus the mean soft Dice of the classes that a sample shows: ``2 sum(p g) / (sum(p) + sum(g))`` over its valid
+    pixels (Milletari et al. 2016, arXiv 1606.04797, without the squares).
+
+    Args:
+        logits: float32 ``[B, K, H, W]``.
+        labels: int64 ``[B, H, W]``, slot or 255.
+    """
+    truth = one_hot(labels, logits.shape[1])
+    probabilities = logits.softmax(1) * (labels != IGNORE).unsqueeze(1)
+    area = truth.sum((2, 3))
+    overlap = (probabilities * truth).sum((2, 3))
+    dice = 2 * overlap / (probabilities.sum((2, 3)) + area).clamp(min=1e-6)
+    shown = area > 0
+    return ((1 - dice) * shown).sum() / shown.sum().clamp(min=1)
+
+
+def reconstruction_loss(
+    estimate: Tensor, target: Tensor, labels: Tensor, sample_weights: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of mask latents ``[B, C, h, w]`` over cells without an ignored pixel.
+
+    ``sample_weights`` ``[B]`` multiply the errors of a sample; None: 1.
+    """
     factor = labels.shape[-1] // estimate.shape[-1]
     ignored = F.max_pool2d((labels == IGNORE).float().unsqueeze(1), factor)
     valid = 1.0 - ignored
     error = (estimate - target).square().mean(1, keepdim=True)
+    if sample_weights is not None:
+        error = error * sample_weights[:, None, None, None]
     return (error * valid).sum() / valid.sum().clamp(min=1)
 
 

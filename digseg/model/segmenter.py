@@ -15,6 +15,7 @@ from digseg.config import Config, ModelConfig
 from digseg.errors import DigSegError
 from digseg.model.autoencoder import Autoencoder, build_autoencoder
 from digseg.model.denoiser import build_scheduler, build_unet
+from digseg.model.diffusion import NoisyMask, compose
 from digseg.model.palette import colour_logits
 from digseg.model.pathway import Pathway
 from digseg.model.text import TextEncoder, load_text_encoder
@@ -64,9 +65,15 @@ class Segmenter(nn.Module):
         return int(self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
     def forward(
-        self, images: Tensor, text: Tensor, mask: Tensor, colours: Tensor, latents: Tensor | None = None
+        self,
+        images: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        colours: Tensor,
+        latents: Tensor | None = None,
+        noisy: NoisyMask | None = None,
     ) -> SegmenterOutput:
-        """Segment in one deterministic step (final timestep, mask half of the input zero).
+        """Segment in one deterministic step (final timestep, mask half of the input zero), or denoise a mask a step.
 
         Args:
             images: ``[B, 3, H, W]`` in [-1, 1], H and W multiples of :attr:`size_multiple`.
@@ -74,24 +81,32 @@ class Segmenter(nn.Module):
             mask: bool ``[B, K]``, True where a slot holds a class.
             colours: ``[B, K, 3]`` in [-1, 1].
             latents: ``[B, C, H/f, W/f]`` of the images where they are stored; None: the images are encoded.
+            noisy: the mask at some timesteps of the multi-step objective; None: the one-step objective.
         """
         image_latents = self.autoencoder.encode(images) if latents is None else latents.to(images.dtype)
         tokens = self.pathway.tokens(text, colours)
         if not self.pathway.config.enabled:
-            painted = self._denoised(image_latents, tokens, mask).float()
+            answer = self._denoised(image_latents, tokens, mask, noisy).float()
+            painted = answer if noisy is None else compose(answer, noisy, torch.zeros_like(answer))
             return SegmenterOutput(colour_logits(self.autoencoder.decode(painted), colours, mask), (), painted)
         queries = self.pathway.queries(text, mask)
         with self._decoding(_Pass(tokens, queries, mask)) as state:
-            residual = self._denoised(image_latents, tokens, mask)
+            residual = self._denoised(image_latents, tokens, mask, noisy).float()
         assert state.features is not None
         logits = self.pathway.head(state.features, images, queries, mask)
         posterior = self.autoencoder.compose(logits.softmax(1), colours)
-        return SegmenterOutput(logits, tuple(state.feedback_logits), posterior + residual.float())
+        painted = posterior + residual if noisy is None else compose(residual, noisy, posterior)
+        return SegmenterOutput(logits, tuple(state.feedback_logits), painted)
 
-    def _denoised(self, image_latents: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _denoised(self, image_latents: Tensor, tokens: Tensor, mask: Tensor, noisy: NoisyMask | None) -> Tensor:
+        if noisy is None:
+            mask_latents = torch.zeros_like(image_latents)
+            timesteps = torch.full((len(image_latents),), self.final_timestep, device=image_latents.device)
+        else:
+            mask_latents, timesteps = noisy.latents.to(image_latents.dtype), noisy.timesteps
         denoised: Tensor = self.unet(
-            torch.cat([image_latents, torch.zeros_like(image_latents)], dim=1),
-            torch.full((len(image_latents),), self.final_timestep, device=image_latents.device),
+            torch.cat([image_latents, mask_latents], dim=1),
+            timesteps,
             encoder_hidden_states=tokens,
             encoder_attention_mask=mask,
             return_dict=False,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from digseg.config import Config
-from digseg.model.objective import area_score_loss, class_score_loss, one_hot, reconstruction_loss
+from digseg.model.diffusion import NoisyMask, add_noise, draw_noise, loss_weights, noise_schedule
+from digseg.model.objective import area_score_loss, class_score_loss, dice_loss, one_hot, reconstruction_loss
 from digseg.model.palette import palette
 from digseg.model.segmenter import Segmenter
 
@@ -41,6 +42,10 @@ class QueryBatch(Protocol):
     def class_weights(self) -> Tensor:
         """float32 ``[B, K]``."""
 
+    @property
+    def positions(self) -> Tensor:
+        """int64 ``[B]``, in the global order; the noise of the multi-step objective follows from them."""
+
 
 class SegmenterLoss(nn.Module):
     """``forward(batch)`` gives the loss and its parts as scalars.
@@ -51,38 +56,53 @@ class SegmenterLoss(nn.Module):
 
     text_table: Tensor
     palette: Tensor
+    signal: Tensor  # of the multi-step objective: a_t of each timestep, see digseg.model.diffusion
 
     def __init__(self, segmenter: Segmenter, config: Config, text_table: Tensor) -> None:
         super().__init__()
         self.segmenter = segmenter
-        self.weights = config.objective
+        self.objective = config.objective
+        self.seed = config.run.seed
         self.precision = config.training.precision
         self.register_buffer("text_table", text_table, persistent=False)
         self.register_buffer("palette", palette(config.data.queries.palette_size), persistent=False)
+        if self.objective.type == "multi_step":
+            schedule = noise_schedule(segmenter.scheduler, self.objective.diffusion)
+            self.register_buffer("signal", schedule.alphas_cumprod.float(), persistent=False)
 
     def forward(self, batch: QueryBatch) -> dict[str, Tensor]:
         mask = batch.query_ids >= 0
         text = self.text_table[batch.query_ids.clamp(min=0)]
         colours = self.palette[batch.colour_ids]
         device = batch.images.device
+        target = self.segmenter.autoencoder.compose(one_hot(batch.labels, mask.shape[1]), colours)
+        noisy = self._noisy(target, batch.positions) if self.objective.type == "multi_step" else None
         with lowered_precision(self.precision, device):
-            output = self.segmenter(batch.images, text, mask, colours, batch.latents)
+            output = self.segmenter(batch.images, text, mask, colours, batch.latents, noisy)
         class_score = class_score_loss(output.logits, batch.labels, batch.class_weights)
         scales = [area_score_loss(one, batch.labels, batch.class_weights) for one in output.feedback_logits]
-        feedback = torch.stack(scales).mean() if scales else class_score.new_zeros(())
-        target = self.segmenter.autoencoder.compose(one_hot(batch.labels, mask.shape[1]), colours)
-        reconstruction = reconstruction_loss(output.mask_latents, target, batch.labels)
-        loss = (
-            self.weights.class_score * class_score
-            + self.weights.feedback * feedback
-            + self.weights.reconstruction * reconstruction
-        )
-        return {
-            "loss": loss,
-            "class_score": class_score.detach(),
-            "feedback": feedback.detach(),
-            "reconstruction": reconstruction.detach(),
+        parts = {
+            "class_score": class_score,
+            "feedback": torch.stack(scales).mean() if scales else class_score.new_zeros(()),
+            "reconstruction": reconstruction_loss(output.mask_latents, target, batch.labels, self._weights(noisy)),
         }
+        if self.objective.dice > 0:
+            parts["dice"] = dice_loss(output.logits, batch.labels)
+        weighted = [getattr(self.objective, name) * part for name, part in parts.items()]
+        return {"loss": sum(weighted[1:], weighted[0]), **{name: part.detach() for name, part in parts.items()}}
+
+    def _noisy(self, target: Tensor, positions: Tensor) -> NoisyMask:
+        strength = self.objective.diffusion.multi_resolution_noise
+        noise, timesteps = draw_noise(target.shape, positions, len(self.signal), self.seed, strength)
+        timesteps = timesteps.to(target.device)
+        signal = self.signal[timesteps]
+        latents = add_noise(target, noise.to(target.device), signal)
+        return NoisyMask(latents, timesteps, signal, self.segmenter.scheduler.config.prediction_type)
+
+    def _weights(self, noisy: NoisyMask | None) -> Tensor | None:
+        if noisy is None:
+            return None
+        return loss_weights(noisy.signal, noisy.prediction_type, self.objective.diffusion.min_snr_gamma)
 
 
 def lowered_precision(precision: str, device: torch.device) -> AbstractContextManager[None]:

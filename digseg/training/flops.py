@@ -34,13 +34,16 @@ def image_flops(config: Config, text_dim: int, num_classes: int) -> ImageFlops:
     Args:
         text_dim: entries of a class name's embedding.
     """
-    plain = config.training.model_copy(update={"precision": "fp32"})  # which has no influence on the count
+    # What has no influence on the count: the precision, and noise.
+    plain = config.training.model_copy(update={"precision": "fp32"})
+    without_noise = config.objective.model_copy(update={"type": "one_step"})
+    counted = config.model_copy(update={"training": plain, "objective": without_noise})
     with torch.device("meta"):
         autoencoder = _autoencoder(config.model.autoencoder)
         segmenter = segmenter_shapes(config.model, text_dim, autoencoder)
         names = torch.empty(num_classes, text_dim)
         batch = _one_image(config, autoencoder, num_classes)
-    loss = SegmenterLoss(segmenter, config.model_copy(update={"training": plain}), names).to("meta")
+    loss = SegmenterLoss(segmenter, counted, names).to("meta")
     with FlopCounterMode(display=False) as forward:
         value = loss(batch)["loss"]
     with FlopCounterMode(display=False) as backward:

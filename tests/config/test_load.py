@@ -80,6 +80,7 @@ def test_extending_in_a_circle_is_refused(tmp_path: Path) -> None:
         ("model.autoencoder.path=x", "type shuffle has no weights"),
         ("model.unet.attention=[true]", "attention has 1 entries, block_out_channels 4"),
         ("data.queries.palette_size=8", r"max_classes \(64\) exceeds palette_size \(8\)"),
+        ("objective.diffusion.min_snr_gamma=5", "objective: diffusion is of the multi-step objective: set type"),
         ("run.name=../x", "run.name: use letters"),
         ("training.steps", "expected key.path=value"),
         ("data.corpora.7.name=x", "indexes a list of 1 entries"),

@@ -163,3 +163,27 @@ def test_the_memory_of_a_large_image_is_that_of_its_windows(model_dir: Path, tmp
     assert large - small < 144
     with Image.open(tmp_path / "out" / "2000.mask.png") as mask:
         assert mask.size == (2000, 2000)
+
+
+def test_a_multi_step_model_is_sampled_and_the_seed_decides(
+    model_dir: Path, image: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    config = small_config(tmp_path, objective={"type": "multi_step"})
+    sampled = Predictor.load(export_random_model(tmp_path / "model", config))
+    masks = {
+        name: sampled.with_settings(PredictionConfig(**options)).predict(image, NAMES).probabilities
+        for name, options in {
+            "default": {},
+            "ten": {"steps": 10},
+            "one": {"steps": 1},
+            "other seed": {"seed": 1},
+            "two": {"ensemble": 2},
+        }.items()
+    }
+    np.testing.assert_array_equal(masks["default"], masks["ten"])
+    for name in ("one", "other seed", "two"):
+        assert np.abs(masks[name] - masks["default"]).max() > 1e-6, name
+    np.testing.assert_allclose(masks["two"], (masks["default"] + masks["other seed"]) / 2, atol=1e-3)
+    for options in ({"steps": 4}, {"seed": 1}, {"ensemble": 2}):
+        with pytest.raises(DigSegError, match="for models of the multi-step objective"):
+            Predictor.load(model_dir, settings=PredictionConfig(**options))

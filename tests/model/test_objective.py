@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from digseg.model.objective import area_score_loss, class_score_loss, one_hot, reconstruction_loss
+from digseg.model.objective import area_score_loss, class_score_loss, dice_loss, one_hot, reconstruction_loss
 
 LOG3 = math.log(3.0)
 
@@ -28,6 +28,7 @@ def test_a_batch_without_a_label_costs_nothing_and_has_finite_gradients() -> Non
         class_score_loss(logits, labels, torch.ones(1, 2))
         + area_score_loss(logits, labels, torch.ones(1, 2))
         + reconstruction_loss(logits, torch.ones(1, 2, 4, 4), labels)
+        + dice_loss(logits, labels)
     )
     loss.backward()
     assert loss.item() == 0
@@ -48,6 +49,24 @@ def test_reconstruction_leaves_out_cells_with_an_ignored_pixel() -> None:
     target = torch.tensor([[[[3.0, 0.0]]]])
     labels = torch.tensor([[[0, 0, 0, 255], [0, 0, 0, 0]]])
     assert reconstruction_loss(estimate, target, labels).item() == pytest.approx(4.0)
+
+
+def test_a_samples_weight_multiplies_its_error() -> None:
+    estimate = torch.tensor([[[[1.0]]], [[[1.0]]]])
+    target = torch.tensor([[[[3.0]]], [[[2.0]]]])
+    labels = torch.zeros(2, 2, 2, dtype=torch.int64)
+    weights = torch.tensor([0.5, 10.0])
+    assert reconstruction_loss(estimate, target, labels, weights).item() == pytest.approx((0.5 * 4 + 10 * 1) / 2)
+
+
+def test_dice_is_of_the_classes_shown_over_the_valid_pixels() -> None:
+    # Class 0 has p = 3/4 and class 1 p = 1/4 everywhere; the third class is not shown, the third pixel is ignored.
+    logits = torch.tensor([[[[LOG3, LOG3, -50.0]], [[0.0, 0.0, 50.0]], [[-60.0, -60.0, 0.0]]]])
+    labels = torch.tensor([[[0, 1, 255]]])
+    first, second = 2 * 0.75 / (1.5 + 1), 2 * 0.25 / (0.5 + 1)
+    assert dice_loss(logits, labels).item() == pytest.approx(1 - (first + second) / 2)
+    certain = torch.tensor([[[[50.0, -50.0, 0.0]], [[-50.0, 50.0, 0.0]], [[-60.0, -60.0, 0.0]]]])
+    assert dice_loss(certain, labels).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_one_hot_is_empty_where_ignored() -> None:

@@ -44,6 +44,11 @@ def test_count_of_a_network_of_stable_diffusions_shape_is_the_published_one(tmp_
     assert math.isclose(counted.training, 2.409e12, rel_tol=0.02)
 
 
+def test_noise_does_not_count(tmp_path: Path) -> None:
+    multi_step = small_config(tmp_path, objective={"type": "multi_step"})
+    assert image_flops(multi_step, TEXT_DIM, NAMES) == image_flops(small_config(tmp_path), TEXT_DIM, NAMES)
+
+
 def test_encoding_counts_where_latents_are_not_stored(tmp_path: Path) -> None:
     vae = write_kl_autoencoder(tmp_path) / "vae"
     online = small_config(tmp_path, model={"autoencoder": {"type": "kl", "path": str(vae)}})
