@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -20,6 +21,7 @@ from digseg.config import Config
 from digseg.errors import DigSegError
 from digseg.training.deepspeed_config import deepspeed_config
 from digseg.training.loss_scale import LossScale
+from digseg.training.saving import host_copy
 from digseg.training.shares import Share, whole_parameters
 from digseg.training.world import World
 
@@ -32,6 +34,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
     from deepspeed.checkpoint import ds_to_universal
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 _TAG = "deepspeed"  # sub-directory of a checkpoint that holds DeepSpeed's own files
@@ -123,12 +126,20 @@ class Engine:
             return whole_parameters(parameters, self._world.rank, self._world.world_size)
         return {name: _partition(parameter, self._world.rank) for name, parameter in parameters.items()}
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's weights and optimizer state below ``directory``."""
-        self._deepspeed.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+    def snapshot(self) -> dict[str, Any]:
+        """What DeepSpeed saves of this rank's weights and optimizer state, file by file, in the CPU's memory."""
+        writer = self._deepspeed.checkpoint_engine
+        # Scripts that DeepSpeed puts beside its files go with the folder.
+        with tempfile.TemporaryDirectory() as folder:
+            collector = self._deepspeed.checkpoint_engine = _Collector(Path(folder))
+            try:
+                self._deepspeed.save_checkpoint(folder, tag=_TAG, save_latest=False)
+            finally:
+                self._deepspeed.checkpoint_engine = writer
+        return collector.files
 
     def load(self, directory: Path) -> None:
-        """Restore what :meth:`save` wrote with the same world size and ZeRO stage."""
+        """Restore what :meth:`snapshot` gave, with the same world size and ZeRO stage."""
         path, _ = self._deepspeed.load_checkpoint(str(directory), tag=_TAG)
         if path is None:
             raise DigSegError(f"{directory / _TAG}: DeepSpeed finds no checkpoint there")
@@ -156,7 +167,7 @@ class Engine:
                 kept[0].all_gather(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs besides the files of :meth:`save`: Adam's count of steps, the loss scale of float16."""
+        """What a run needs besides the files of :meth:`snapshot`: Adam's count of steps, the loss scale of float16."""
         counts = [float(state["step"]) for state in self._optimizer.state.values()]
         state: dict[str, Any] = {"optimizer_steps": max(counts, default=0.0)}
         return state if self._loss_scale is None else {**state, "loss_scale": self._loss_scale.state_dict()}
@@ -187,8 +198,32 @@ class Engine:
             parameter.data.copy_(whole.view_as(parameter))
 
 
+class _Collector(CheckpointEngine):  # type: ignore[misc]
+    """Keeps what DeepSpeed would write below a folder: name in it -> a copy in the CPU's memory."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self.files: dict[str, Any] = {}
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path).relative_to(self._folder).as_posix()] = host_copy(state_dict)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        raise NotImplementedError("it only saves")
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+
 def convert(directory: Path, target: Path) -> None:
-    """Turn what :meth:`Engine.save` wrote, with a ZeRO stage from 1 to 3, into whole parameters below ``target``.
+    """Turn what :meth:`Engine.snapshot` gave, with a ZeRO stage from 1 to 3, into whole parameters below ``target``.
 
     ``target/zero/<parameter>/`` holds the weights and both moments of Adam: DeepSpeed's universal format.
 

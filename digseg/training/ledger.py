@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ class Ledger:
         self._path, self._clock = path, clock
         saved = _saved(path)
         self._seconds = {name: saved.get("seconds", {}).get(name, 0.0) for name in _CATEGORIES}
-        self._at_checkpoint = {name: saved.get("at_checkpoint", {}).get(name, 0.0) for name in _REPEATED}
         self._lap = max(submitted_at, saved.get("entered_at", 0.0))
         self._waited = 0.0
 
@@ -45,19 +44,20 @@ class Ledger:
         self._seconds["data_wait"] += self._waited
         self._lap, self._waited = now, 0.0
 
-    def keep(self) -> None:
-        """A checkpoint was written: what was done until now is not lost any more."""
-        self._at_checkpoint = {name: self._seconds[name] for name in _REPEATED}
+    def kept(self) -> dict[str, float]:
+        """What is not lost once a checkpoint of now is published, for that checkpoint."""
+        return {name: self._seconds[name] for name in _REPEATED}
 
-    def lose(self) -> None:
-        """The run goes on from the last checkpoint: what was done since is lost."""
+    def lose(self, kept: Mapping[str, float]) -> None:
+        """The run goes on from a checkpoint, with what it has kept (nothing where there is none): the rest is lost."""
         for name in _REPEATED:
-            self._seconds["lost"] += self._seconds[name] - self._at_checkpoint[name]
-            self._seconds[name] = self._at_checkpoint[name]
+            left = min(self._seconds[name], kept.get(name, 0.0))
+            self._seconds["lost"] += self._seconds[name] - left
+            self._seconds[name] = left
 
     def write(self) -> None:
         """Enter everything in the file."""
-        entry = {"seconds": self._seconds, "at_checkpoint": self._at_checkpoint, "entered_at": self._lap}
+        entry = {"seconds": self._seconds, "entered_at": self._lap}
         write_whole(self._path, json.dumps(entry, indent=1) + "\n")
 
     def figures(self) -> dict[str, float]:

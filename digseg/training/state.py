@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from digseg.training.checkpoint import Checkpoint, CheckpointStore
 from digseg.training.ema import WeightAverage, merged_weights, shares_state
 from digseg.training.engine import Engine, convert
 from digseg.training.guard import Guard
+from digseg.training.saving import host_copy, write_files
 from digseg.training.shares import Share
 from digseg.training.window import MetricsWindow
 from digseg.training.world import World
@@ -34,9 +36,10 @@ class TrainingState:
         """This rank's share of what is validated and exported: the average of the weights where there is one."""
         return self.engine.shares() if self.average is None else self.average.shares
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's files."""
-        self.engine.save(directory)
+    def snapshot(self) -> Callable[[Path], None]:
+        """What writes this rank's files below a directory, later and in any thread: it has a copy of all in the CPU's
+        memory."""
+        files = self.engine.snapshot()
         shares = shares_state(self.engine.shares()) if self.average is None else self.average.state_dict()
         state = {
             "weights": shares,
@@ -46,14 +49,14 @@ class TrainingState:
             # The trainer draws nothing; a module with dropout would.
             "rng": torch.get_rng_state(),
         }
-        torch.save(state, _rank_file(directory, self._world.rank))
+        return partial(write_files, {**files, _rank_file(self._world.rank): host_copy(state)})
 
     def restore(self, checkpoint: Checkpoint, store: CheckpointStore) -> None:
         """Go on from a checkpoint, whatever its world size and ZeRO stage."""
         path, world_size, stage = checkpoint.path, checkpoint.state["world_size"], checkpoint.state["zero_stage"]
         if (world_size, stage) == (self._world.world_size, self._config.zero_stage):
             self.engine.load(path)
-            self._restore_rank(_load(_rank_file(path, self._world.rank)))
+            self._restore_rank(_load(path / _rank_file(self._world.rank)))
             return
         if self._world.is_main:
             say(
@@ -68,7 +71,7 @@ class TrainingState:
                     convert(path, scratch)
                 self._world.barrier()
                 self.engine.load_converted(scratch)
-        self._restore_other_world([_load(_rank_file(path, rank)) for rank in range(world_size)])
+        self._restore_other_world([_load(path / _rank_file(rank)) for rank in range(world_size)])
 
     def _restore_rank(self, state: Mapping[str, Any]) -> None:
         if self.average is not None:
@@ -102,7 +105,7 @@ class TrainingState:
 
 def saved_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The whole parameters of a checkpoint: their average where there is one."""
-    files = (_rank_file(checkpoint.path, rank) for rank in range(checkpoint.state["world_size"]))
+    files = (checkpoint.path / _rank_file(rank) for rank in range(checkpoint.state["world_size"]))
     return merged_weights(_load(file)["weights"] for file in files)
 
 
@@ -111,5 +114,5 @@ def _load(file: Path) -> dict[str, Any]:
     return state
 
 
-def _rank_file(directory: Path, rank: int) -> Path:
-    return directory / f"rank-{rank:05d}.pt"
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"

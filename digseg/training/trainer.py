@@ -31,6 +31,7 @@ from digseg.training.run import (
     finished_result,
     summarise,
 )
+from digseg.training.saving import BackgroundSaver
 from digseg.training.schedule import learning_rate
 from digseg.training.shares import gather_shares
 from digseg.training.state import TrainingState, saved_weights
@@ -79,7 +80,7 @@ class Trainer:
         self._set_up()
         step = self._resume()
         self._enter("start_up")
-        with self._logged_run(), self._progress(step) as bar:
+        with self._logged_run(), self._progress(step) as bar, self._saver:
             while not self._is_last(step):
                 try:
                     step = self._train_from(step, bar)
@@ -153,7 +154,8 @@ class Trainer:
         self._validation: Validation | None = None
         if config.training.validation.every is not None:
             self._validation = Validation(config, world, self._model.as_loaded())
-        self._checkpoint: Checkpoint | None = None
+        self._saver = BackgroundSaver(CheckpointStore(self.directory.checkpoints, world.apart(), *kept))
+        self._restored: Checkpoint | None = None
         self._skipped = SkippedSteps(self.directory.skipped)
         self._rollbacks = 0
 
@@ -170,11 +172,11 @@ class Trainer:
         elif self.world.is_main:
             self._metrics_file.cut_after(0)
         self._furthest = step
-        self._ledger.lose()
+        self._ledger.lose(checkpoint.state.get("ledger", {}) if checkpoint is not None else {})
         return step
 
     def _restore(self, checkpoint: Checkpoint) -> int:
-        self._checkpoint = checkpoint
+        self._restored = checkpoint
         self._state.restore(checkpoint, self._store)
         known = checkpoint.state.get("unreadable", [])
         self._unreadable = UnreadableSamples(self.world, self.config.data.max_corrupt, known)
@@ -186,6 +188,7 @@ class Trainer:
         """Restore the newest checkpoint from before bad steps, which are passed over from now on; its step."""
         first, last = bad[0].step, bad[-1].step
         self._tell(bad)
+        self._saver.wait()
         checkpoint = self._store.newest_intact(until=first)
         allowed = self.config.training.guard.max_rollbacks
         if checkpoint is None or self._rollbacks >= allowed:
@@ -202,7 +205,7 @@ class Trainer:
             )
         self._rollbacks += 1
         self._ledger.lap("productive")
-        self._ledger.lose()
+        self._ledger.lose(checkpoint.state.get("ledger", {}))
         self._skipped.add(bad, write=self.world.is_main)
         step = self._restore(checkpoint)
         self._store.remove_after(step)
@@ -211,6 +214,7 @@ class Trainer:
         return step
 
     def _save(self, step: int) -> None:
+        """Begin a checkpoint: training goes on when its state is copied."""
         began = time.perf_counter()
         self._enter("productive")
         self._unreadable.share()
@@ -219,10 +223,10 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "datasets": self._dataset_digests(),
             "unreadable": self._unreadable.keys,
+            "ledger": self._ledger.kept(),
         }
-        self._checkpoint = self._store.save(step, self._state.save, state)
+        self._saver.start(step, self._state.snapshot(), state)
         self._state.window.leave_out(time.perf_counter() - began)
-        self._ledger.keep()
         self._enter("checkpoint")
 
     def _enter(self, category: str) -> None:
@@ -237,6 +241,7 @@ class Trainer:
         Raises:
             TooManyBadStepsError: see :meth:`digseg.training.guard.Guard.close`.
         """
+        self._saver.check()
         self._tell(self._state.guard.close())
         if self._state.window.is_empty:  # all its steps are passed over
             return
@@ -281,16 +286,18 @@ class Trainer:
 
     def _conclude(self) -> TrainingResult:
         """Export the weights of the last checkpoint and write the result."""
-        assert self._checkpoint is not None
+        checkpoint = self._saver.wait() or self._restored
+        assert checkpoint is not None
+        self._enter("checkpoint")
         if self.world.is_main:
-            self._export(self._checkpoint)
+            self._export(checkpoint)
             first, last, rate = summarise(self.directory.metrics)
             result = TrainingResult(
-                steps=self._checkpoint.step,
+                steps=checkpoint.step,
                 first_loss=first,
                 last_loss=last,
                 images_per_second=rate,
-                checkpoint_dir=str(self._checkpoint.path),
+                checkpoint_dir=str(checkpoint.path),
                 model_dir=str(self.directory.model),
                 world_size=self.world.world_size,
                 zero_stage=self.config.training.zero_stage,

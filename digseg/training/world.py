@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ class World:
     local_rank: int = 0
     local_world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None  # that collective calls go through; None: the one of all
 
     @property
     def is_main(self) -> bool:
@@ -54,23 +55,30 @@ class World:
         else:
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size)
 
+    def apart(self) -> World:
+        """The same ranks talking through a group of their own, for another thread (collective).
+
+        PyTorch's asynchronous checkpoints do so too: calls of two threads through one group would mix.
+        """
+        return replace(self, group=dist.new_group(backend="gloo")) if self.world_size > 1 else self
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def gather(self, value: _T) -> list[_T]:
         """The ``value`` of every rank, on every rank (small Python objects)."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self.group)
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the ranks; ``values`` is used up."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:

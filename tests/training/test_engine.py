@@ -16,6 +16,7 @@ from digseg.config import Config
 from digseg.errors import DigSegError
 from digseg.training.ema import WeightAverage, merged_weights, shares_state
 from digseg.training.engine import Engine
+from digseg.training.saving import write_files
 from digseg.training.schedule import learning_rate
 from digseg.training.world import World
 
@@ -174,7 +175,7 @@ def _train(
         norms.append(engine.gradient_norm())
         average.update(engine.shares())
     if save is not None:
-        engine.save(save)
+        write_files(engine.snapshot(), save)
     state = {
         "losses": losses,
         "norms": norms,

@@ -32,17 +32,19 @@ def test_every_second_since_the_submission_is_in_one_category(tmp_path: Path) ->
     ledger.lap("productive")
     clock.go(3)
     ledger.lap("checkpoint")
-    ledger.keep()
+    clock.go(2)
+    ledger.lap("validation")
     assert ledger.figures() == {
-        "goodput": pytest.approx(30 / 58),
+        "goodput": pytest.approx(30 / 60),
         "ledger.productive_s": 30,
         "ledger.start_up_s": 15,
         "ledger.data_wait_s": 10,
+        "ledger.validation_s": 2,
         "ledger.checkpoint_s": 3,
         "ledger.lost_s": 0,
     }
     ledger.write()
-    assert ledger_summary(tmp_path / "ledger.json").startswith("productive 52 % of 58 s (start_up 15 s, data_wait 10 s")
+    assert ledger_summary(tmp_path / "ledger.json").startswith("productive 50 % of 60 s (start_up 15 s, data_wait 10 s")
 
 
 def test_work_since_the_checkpoint_is_lost_with_the_process(tmp_path: Path) -> None:
@@ -53,12 +55,12 @@ def test_work_since_the_checkpoint_is_lost_with_the_process(tmp_path: Path) -> N
         ledger.wait(5)
         ledger.lap("productive")
         if seconds == 20:
-            ledger.keep()
+            kept = ledger.kept()
     ledger.write()
     clock.go(7)  # steps that nobody entered, the loss, and the way back
     restarted = Ledger(tmp_path / "ledger.json", submitted_at=1000.0, clock=clock)
     restarted.lap("start_up")
-    restarted.lose()
+    restarted.lose(kept)
     figures = restarted.figures()
     assert (figures["ledger.productive_s"], figures["ledger.data_wait_s"]) == (15, 5)
     assert (figures["ledger.lost_s"], figures["ledger.start_up_s"]) == (30, 7)
@@ -78,7 +80,6 @@ def test_time_between_two_submissions_is_nobodys(tmp_path: Path) -> None:
     first = Ledger(tmp_path / "ledger.json", submitted_at=1000.0, clock=clock)
     clock.go(10)
     first.lap("productive")
-    first.keep()
     first.write()
     clock.go(86400)
     second = Ledger(tmp_path / "ledger.json", submitted_at=clock.now, clock=clock)
