@@ -11,8 +11,10 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
+from digseg.config import PredictionConfig
 from digseg.errors import DigSegError
-from digseg.evaluation.images import read_image
+from digseg.evaluation.classes import ClassQuery
+from digseg.evaluation.images import read_image, rgb_pixels
 from digseg.evaluation.inference import Prediction, Predictor
 from digseg.model.export import LoadedModel, load_model, save_model
 
@@ -68,14 +70,19 @@ class DiGSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         save_model(Path(save_directory), self._model)
 
     def __call__(
-        self, image: str | Path | Image.Image | NDArray[np.uint8], classes: Sequence[str], background: bool = False
+        self,
+        image: str | Path | Image.Image | NDArray[np.uint8],
+        classes: Sequence[str | ClassQuery],
+        background: bool = False,
+        settings: PredictionConfig | None = None,
     ) -> Prediction:
         """Segment an image into ``classes``.
 
         Args:
             image: a file, a PIL image, or RGB pixels uint8 ``[H, W, 3]``.
-            classes: names in any wording.
+            classes: names in any wording; a :class:`ClassQuery` has synonyms.
             background: put a ``background`` class first if none of the names is it.
+            settings: how the model is asked (passes, templates, windows, ...).
 
         Raises:
             DigSegError: an image or names that cannot be used; see :meth:`Predictor.predict`.
@@ -83,7 +90,7 @@ class DiGSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         if isinstance(image, str | Path):
             pixels = read_image(Path(image))
         elif isinstance(image, Image.Image):
-            pixels = np.array(image.convert("RGB"))
+            pixels = rgb_pixels(image)
         else:
             pixels = image
-        return Predictor(self._model, str(self.device)).predict(pixels, classes, background)
+        return Predictor(self._model, str(self.device), settings).predict(pixels, classes, background)

@@ -12,6 +12,9 @@ from diffusion_checkpoint import write_checkpoint
 from PIL import Image
 from small_world import export_random_model, small_config
 
+from digseg.config import PredictionConfig
+from digseg.evaluation.classes import ClassQuery
+from digseg.evaluation.images import read_image
 from digseg.evaluation.inference import Predictor
 from digseg.pipeline import DiGSegPipeline
 
@@ -55,6 +58,17 @@ def test_it_predicts_as_everything_else_does_from_files_and_pictures(
     picture.save(tmp_path / "picture.png")
     for image in (pixels, picture, tmp_path / "picture.png", str(tmp_path / "picture.png")):
         assert np.array_equal(pipeline(image, CLASSES).probabilities, expected.probabilities)
+
+
+def test_it_takes_synonyms_settings_and_pictures_of_sixteen_bits(exported: Path, tmp_path: Path) -> None:
+    settings = PredictionConfig(classes_per_pass=1)
+    asked = [ClassQuery("square", ("box",)), "hole"]
+    deep = Image.fromarray((np.arange(70 * 90, dtype=np.uint16) * 3).reshape(70, 90))
+    deep.save(tmp_path / "deep.png")
+    expected = Predictor.load(exported, settings=settings).predict(read_image(tmp_path / "deep.png"), asked)
+    given = DiGSegPipeline.from_pretrained(exported)(deep, asked, settings=settings)
+    assert np.array_equal(given.probabilities, expected.probabilities)
+    assert given.classes == ("square", "hole")
 
 
 def test_diffusers_knows_the_components(exported: Path) -> None:

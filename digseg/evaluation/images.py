@@ -33,11 +33,17 @@ def decode_image(content: bytes, where: str) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return np.array(_eight_bit(ImageOps.exif_transpose(image)).convert("RGB"))
+            return rgb_pixels(image)
     except UnidentifiedImageError:
         raise DigSegError(f"{where}: not an image (expected PNG, JPEG or another format that Pillow reads)") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DigSegError(f"{where}: damaged image ({error}); it cannot be decoded to its end") from None
+
+
+def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """A picture of any mode as uint8 [H, W, 3], upright; transparency is dropped, and what has more than 8 bits is
+    scaled so that its brightest pixel is white."""
+    return np.array(_eight_bit(ImageOps.exif_transpose(image)).convert("RGB"))
 
 
 def png_bytes(mask: NDArray[np.uint8 | np.uint16]) -> bytes:
