@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--workers", type=int, default=1, help="loader processes of either side")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=40, help=f"timed batches of {BATCH} a round")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batches", type=int, default=20, help=f"timed batches of {BATCH} a round")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -170,7 +170,7 @@ def _batch_round(batches: Iterator[Any], options: argparse.Namespace) -> Round:
     return measure
 
 
-def _stored_round(corpus: ShardedCorpus, samples: int = 16384) -> Round:
+def _stored_round(corpus: ShardedCorpus, samples: int = 2 * WINDOW) -> Round:
     """Undecoded samples at consecutive positions of the order that training has; each round goes on."""
     order = GlobalOrder([corpus.shuffled(16)], [1.0], seed=0)
     stream = (corpus.stored(order.locate(position).sample) for position in count())

@@ -72,14 +72,20 @@ class Sample:
     classes).
 
     With ``min_short_side`` the image may be smaller than the mask by up to a whole factor, see :meth:`read`.
-    ``latents`` float16 [C, h, w] of the image are there where they are stored.
+    ``meta_json`` says size and source; ``latents`` float16 [C, h, w] of the image are there where they are stored.
     """
 
     key: str
     image: npt.NDArray[np.uint8]
     mask: npt.NDArray[Any]
-    meta: dict[str, Any]
+    meta_json: bytes
     latents: Latents | None = None
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """``meta_json`` decoded. Raises ValueError where it is damaged."""
+        decoded: dict[str, Any] = json.loads(self.meta_json)
+        return decoded
 
     @property
     def nbytes(self) -> int:
@@ -283,7 +289,7 @@ def decode_sample(stored: StoredSample, min_short_side: int | None = None) -> Sa
             entry.key,
             decode_image(stored.member(entry.image_member), min_short_side),
             decode_mask(stored.member(MASK_MEMBER)),
-            json.loads(stored.member(META_MEMBER)),
+            stored.member(META_MEMBER),
             unpack_latents(stored.member(LATENT_MEMBER)) if LATENT_MEMBER in entry.members else None,
         )
     except (KeyError, StopIteration) as error:

@@ -17,9 +17,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -270,8 +269,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     return manifest
 
 
-@dataclass(frozen=True)
-class IndexEntry:
+class IndexEntry(NamedTuple):
     """Where a sample lies in its shard. ``crc32`` is over bytes [start, end), tar headers included."""
 
     key: str
@@ -325,11 +323,11 @@ def _entry(record: dict[str, Any]) -> IndexEntry:
     members = {name: (offset, size) for name, (offset, size) in record["members"].items()}
     if not isinstance(key, str):
         raise ValueError(f"key is {key!r}, not a string")
-    if any(type(number) is not int for number in (start, end, crc32, *itertools.chain(*members.values()))):
+    if set(map(type, itertools.chain((start, end, crc32), *members.values()))) != {int}:
         raise ValueError(f"places of sample {key!r} are not all whole numbers")
-    places = [(start, end - start), *members.values()]
-    if not all(0 <= start <= offset <= offset + size <= end for offset, size in places):
-        raise ValueError(f"members of sample {key!r} do not lie in bytes {start} to {end}")
+    for offset, size in ((start, end - start), *members.values()):
+        if not 0 <= start <= offset <= offset + size <= end:
+            raise ValueError(f"members of sample {key!r} do not lie in bytes {start} to {end}")
     return IndexEntry(key, members, start, end, crc32)
 
 

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
@@ -162,18 +161,18 @@ class StepPositions:
             yield list(range(first, first + share))
 
 
-class _Positions(Dataset[TrainingSample | DigSegError]):
-    """Global positions as a map-style dataset.
+class _Batches(Dataset[Batch | DigSegError]):
+    """The batch of a list of global positions; for weights see :func:`class_weights`.
 
-    An error is what lies at a position: raised in a loader process, it would arrive with a traceback in its text.
+    An error is what lies there: raised in a loader process, it would arrive with a traceback in its text.
     """
 
-    def __init__(self, data: TrainingData) -> None:
-        self._data = data
+    def __init__(self, data: TrainingData, exponent: float, maximum: float) -> None:
+        self._data, self._exponent, self._maximum = data, exponent, maximum
 
-    def __getitem__(self, position: int) -> TrainingSample | DigSegError:
+    def __getitem__(self, positions: Sequence[int]) -> Batch | DigSegError:
         try:
-            return self._data.sample(position)
+            return collate(self._data.samples(positions), self._exponent, self._maximum)
         except DigSegError as error:
             return error
 
@@ -181,9 +180,9 @@ class _Positions(Dataset[TrainingSample | DigSegError]):
 def _loader(data: TrainingData, config: Config, positions: StepPositions) -> Iterable[Batch | DigSegError]:
     workers = config.data.workers
     return DataLoader(
-        _Positions(data),
-        batch_sampler=positions,
-        collate_fn=partial(collate, exponent=config.objective.balance_exponent, maximum=config.objective.balance_max),
+        _Batches(data, config.objective.balance_exponent, config.objective.balance_max),
+        batch_size=None,
+        sampler=positions,
         num_workers=workers,
         prefetch_factor=config.data.prefetch if workers else None,
         multiprocessing_context=_worker_processes() if workers else None,
@@ -200,16 +199,8 @@ def _worker_processes() -> ForkServerContext:
     return context
 
 
-def collate(found: Sequence[TrainingSample | DigSegError], exponent: float, maximum: float) -> Batch | DigSegError:
-    """Samples to a batch, the queries padded to the longest; for the weights see :func:`class_weights`.
-
-    The first error among them takes the batch's place.
-    """
-    samples = []
-    for sample in found:
-        if isinstance(sample, DigSegError):
-            return sample
-        samples.append(sample)
+def collate(samples: Sequence[TrainingSample], exponent: float, maximum: float) -> Batch:
+    """Samples to a batch, the queries padded to the longest; for the weights see :func:`class_weights`."""
     size, slots = len(samples), max(len(sample.query.name_ids) for sample in samples)
     query_ids = np.full((size, slots), -1, dtype=np.int64)
     colour_ids = np.zeros((size, slots), dtype=np.int64)

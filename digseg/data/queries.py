@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ class QueryVocabulary:
     foreign_name_ids: Ids
     mask_values: int
 
-    @property
+    @cached_property
     def foreground(self) -> Ids:
         """Class numbers without the background."""
         classes = np.arange(len(self.name_ids))

@@ -128,13 +128,13 @@ def test_number_of_loader_processes_changes_nothing_over_two_resumes(
 
 def test_batches_are_made_ahead_while_the_step_computes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    sample = TrainingData.sample
+    samples = TrainingData.samples
 
-    def recorded(data: TrainingData, position: int) -> TrainingSample:
-        made.append(position)
-        return sample(data, position)
+    def recorded(data: TrainingData, positions: Sequence[int]) -> list[TrainingSample]:
+        made.extend(positions)
+        return samples(data, positions)
 
-    monkeypatch.setattr(TrainingData, "sample", recorded)
+    monkeypatch.setattr(TrainingData, "samples", recorded)
     run = config(root, prefetch=3)
     iterator = training_batches(TrainingData(run.data, seed=3), run, 0, 1, 0, 9)
     next(iterator)
