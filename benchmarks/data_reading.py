@@ -7,7 +7,8 @@ Four comparisons on a corpus of JPEGs and PNG masks that is drawn here (480x360 
   decoders, batches made in the loader processes. The augmentation is the same twice: in distribution, written the usual
   way (PIL resizes the whole image, then crop, mirror, ``ImageEnhance``; ``ratio_vs_webdataset``), and in code, this
   project's own (``ratio_vs_webdataset_same_code``);
-- the same against the floor: decoding and augmenting the same bytes from memory, in as many processes;
+- the same against the floor: decoding and augmenting the same bytes from memory, in as many processes of torch's own
+  loader;
 - undecoded samples a second in shuffled order against ``webdataset`` reading one shard after another;
 - a sample's cost among a million indexed samples against its cost among a thousand, for training samples and undecoded
   ones. The million are hard links to the same shards, so that both read the same bytes.

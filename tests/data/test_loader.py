@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shard_writing import damage_samples, data_config, noise_samples, write_split
 
 from digseg.config import Config
-from digseg.data.loader import Batch, training_batches
+from digseg.data.loader import Batch, SharedPixels, training_batches
 from digseg.data.queries import class_weights
 from digseg.data.training_data import TrainingData, TrainingSample
 from digseg.errors import DigSegError
@@ -163,6 +163,21 @@ def test_error_in_the_thread_or_a_process_reaches_who_waits_for_the_batch(tmp_pa
     with pytest.raises(DigSegError, match="10 samples in a row cannot be read") as caught:
         batches(run)
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.cluster
+def test_pixels_that_were_taken_stay_while_loader_processes_go_on(root: Path) -> None:
+    run = config(root, workers=1, prefetch=1)
+    iterator = training_batches(TrainingData(run.data, seed=3), run, 0, 1, 0, 8)
+    first = next(iterator)
+    taken = rows(first)
+    assert [rows(batch) for batch in iterator] == [rows(batch) for batch in batches(config(root), start=1, steps=7)]
+    assert rows(first) == taken == rows(batches(config(root), steps=1)[0])
+
+
+def test_too_little_shared_memory_is_said() -> None:
+    with pytest.raises(DigSegError, match=r"bytes of shared memory .* lower data.workers or data.prefetch"):
+        SharedPixels(slots=10**6, size=10**3, crop_size=512)
 
 
 def test_cache_changes_nothing(root: Path) -> None:
