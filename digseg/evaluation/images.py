@@ -29,14 +29,16 @@ def decode_image(content: bytes, where: str) -> NDArray[np.uint8]:
     """The image of a file's bytes, uint8 [H, W, 3] RGB; `where` names it in errors.
 
     Raises:
-        DigSegError: not an image, or a damaged one.
+        DigSegError: not an image, a damaged one, or one of more pixels than Pillow decodes.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
             return rgb_pixels(image)
     except UnidentifiedImageError:
         raise DigSegError(f"{where}: not an image (expected PNG, JPEG or another format that Pillow reads)") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise DigSegError(f"{where}: too large to be decoded whole ({error}); use digseg predict --window") from None
+    except (OSError, ValueError, SyntaxError) as error:
         raise DigSegError(f"{where}: damaged image ({error}); it cannot be decoded to its end") from None
 
 

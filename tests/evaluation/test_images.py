@@ -59,6 +59,12 @@ def test_unreadable_files_are_named_with_their_reason(tmp_path: Path) -> None:
         read_image(tmp_path / "missing.png")
 
 
+def test_an_image_of_too_many_pixels_is_sent_to_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DigSegError, match=r"big: too large to be decoded whole .*; use digseg predict --window"):
+        decode_image(_file(Image.new("RGB", (20, 20)), "PNG"), "big")
+
+
 def test_a_mask_survives_its_png() -> None:
     mask = np.random.default_rng(0).integers(0, 255, (11, 13)).astype(np.uint8)
     np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(png_bytes(mask)))), mask)
