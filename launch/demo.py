@@ -235,7 +235,8 @@ def _report(summary: Mapping[str, Any], out: Path) -> None:
     say(f"model:    {uri} (version {model['version']})")
     say(f"picture:  {summary['picture']}")
     say(f"summary:  {out / 'summary.json'}")
-    say(f"MLflow:   .venv/bin/mlflow ui --backend-store-uri {model['tracking_uri']}")
+    store = model["tracking_uri"]
+    say(f"MLflow:   {store if store.startswith('http') else f'.venv/bin/mlflow ui --backend-store-uri {store}'}")
     say(f"seconds:  {', '.join(f'{stage} {value:.0f}' for stage, value in summary['seconds'].items())}")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,18 +167,19 @@ def print_report(result: Mapping[str, Any]) -> None:
     console = Console()
     oracle = " (ORACLE: told which classes each image holds)" if result["oracle"] else ""
     title = f"{result['model']['uri']}: mean IoU {_figure(result['mean_iou'])} {_ends(result['interval'])}{oracle}"
-    summary = _table(title, ("corpus", "split"), tuple(_COLUMNS))
+    headlines = _table(title, ("corpus", "split"), _HEADLINES)
+    more = _table("Overlap, outlines and calibration", ("corpus",), _MORE)
     classes = _table("IoU of each class", ("corpus", "class"), ("IoU",))
     classes.add_column("")
     for name, corpus in result["corpora"].items():
-        figures = [read(corpus) for read in _COLUMNS.values()]
-        summary.add_row(name, corpus["split"], *figures)
+        headlines.add_row(name, corpus["split"], *(read(corpus) for read in _HEADLINES.values()))
+        more.add_row(name, *(_figure(corpus[figure]) for figure in _MORE.values()))
         for number, (label, iou) in enumerate(corpus["classes"].items()):
             last = number == len(corpus["classes"]) - 1
             bar = "#" * round(20 * (iou or 0))
             classes.add_row(name if number == 0 else "", label, _figure(iou), bar, end_section=last)
-    console.print(summary)
-    console.print(classes)
+    for table in (headlines, more, classes):
+        console.print(table)
     unseen = {name: corpus["seen_unseen"] for name, corpus in result["corpora"].items() if corpus["seen_unseen"]}
     if unseen:
         table = _table("mIoU of class names trained on, and not", ("corpus",), ("seen", "unseen", "harmonic mean"))
@@ -275,26 +276,30 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-# Columns of the table of corpora: title -> text from the corpus' figures.
-_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+# Columns of the tables of corpora, which fit a terminal of 80 columns: title -> text or key of the corpus' figures.
+_HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "images": lambda corpus: str(corpus["samples"]),
-    "mIoU": lambda corpus: f"{_figure(corpus['miou'])} {_ends(corpus['interval']['miou'])}",
-    "pixel acc.": lambda corpus: _figure(corpus["pixel_accuracy"]),
-    "mean acc.": lambda corpus: _figure(corpus["mean_accuracy"]),
-    "fw IoU": lambda corpus: _figure(corpus["frequency_weighted_iou"]),
-    "Dice": lambda corpus: _figure(corpus["mean_dice"]),
-    "boundary IoU": lambda corpus: _figure(corpus["boundary_iou"]),
-    "boundary F1": lambda corpus: _figure(corpus["boundary_f1"]),
-    "ECE": lambda corpus: _figure(corpus["calibration_error"]),
+    "mIoU": lambda corpus: _figure(corpus["miou"]),
+    "95 % interval": lambda corpus: _ends(corpus["interval"]["miou"]),
+    "pixel\nacc.": lambda corpus: _figure(corpus["pixel_accuracy"]),
+    "mean\nacc.": lambda corpus: _figure(corpus["mean_accuracy"]),
+}
+_MORE: Mapping[str, str] = {
+    "frequency-\nweighted IoU": "frequency_weighted_iou",
+    "Dice": "mean_dice",
+    "boundary\nIoU": "boundary_iou",
+    "boundary\nF1": "boundary_f1",
+    "calibration\nerror": "calibration_error",
 }
 
 
-def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+def _table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:
+    """A table that breaks texts where it has to, and never a number."""
     table = Table(title=title, title_justify="left")
     for name in texts:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

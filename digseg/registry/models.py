@@ -302,6 +302,8 @@ def _exported(model_dir: Path) -> Path:
     try:
         description = yaml.safe_load((model_dir / "MLmodel").read_text())
         relative = description["flavors"]["python_function"]["artifacts"][ARTIFACT]["path"]
+    except FileNotFoundError:
+        raise DigSegError(f"{model_dir} holds no model: it has no file MLmodel") from None
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         raise DigSegError(f"{model_dir} is an MLflow model, but not one that DigSeg registered") from None
     return model_dir / str(relative)

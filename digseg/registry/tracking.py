@@ -265,9 +265,8 @@ def log_evaluation(uri: str, run_id: str, result: Mapping[str, Any], pages: Mapp
     label = f"evaluation: {result['protocol']}{' (oracle)' if result['oracle'] else ''}"
     try:
         parent = client.get_run(run_id)
-        child = client.create_run(
-            parent.info.experiment_id, run_name=label, tags={"mlflow.parentRunId": run_id, "digseg.kind": "evaluation"}
-        )
+        tags = {"mlflow.parentRunId": run_id, "digseg.kind": "evaluation", **lineage.source_revision()}
+        child = client.create_run(parent.info.experiment_id, run_name=label, tags=tags)
         child_id = str(child.info.run_id)
         parameters = {"model": result["model"]["uri"], "data": result["data"]}
         parameters |= {"protocol": result["protocol"], "oracle": str(result["oracle"]).lower()}

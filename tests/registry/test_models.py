@@ -157,7 +157,11 @@ def test_a_version_that_holds_no_model_says_so(tmp_path: Path, world: World) -> 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "MLmodel").write_text("flavors: {sklearn: {}}")
     for number, (folder, message) in enumerate(
-        (("gone", "should be in .*gone"), ("empty", "not one that DigSeg registered"), ("other", "not one that DigSeg"))
+        (
+            ("gone", "should be in .*gone"),
+            ("empty", "holds no model: it has no file MLmodel"),
+            ("other", "not one that DigSeg"),
+        )
     ):
         client.create_model_version("nothing", str(tmp_path / folder))
         with pytest.raises(DigSegError, match=message):

@@ -167,6 +167,7 @@ def test_an_evaluation_becomes_a_child_run(config: Config, client: MlflowClient,
     }
     child = client.get_run(log_evaluation(config.tracking.uri or "", run.run_id, result, {"report.html": "page"}))
     assert child.data.tags["mlflow.parentRunId"] == run.run_id
+    assert child.data.tags["git_dirty"] in {"true", "false", "unknown"}
     assert child.data.params["protocol"] == "supervised"
     headline = {"eval.mean_iou": 0.5, "eval.camvid.miou": 0.5, "eval.town.miou": 0.125}
     assert client.get_run(run.run_id).data.metrics == headline
