@@ -40,13 +40,21 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress(
-    description: str, total: int, unit: str = "", start: int = 0, interval_s: float = PLAIN_INTERVAL_S
+    description: str,
+    total: int,
+    unit: str = "",
+    start: int = 0,
+    interval_s: float = PLAIN_INTERVAL_S,
+    shown: bool = True,
 ) -> Iterator[ProgressHandle]:
     """Show progress of ``total`` pieces of work, of which ``start`` are already done.
 
-    In a terminal this is a rich bar; elsewhere a line every ``interval_s`` seconds and one at the end.
+    In a terminal this is a rich bar; elsewhere a line every ``interval_s`` seconds and one at the end. Where it is not
+    ``shown``, as by all ranks but one, nothing is printed.
     """
-    if sys.stdout.isatty():
+    if not shown:
+        yield _SilentHandle()
+    elif sys.stdout.isatty():
         with _rich_progress() as bar:
             yield _RichHandle(bar, description, total, start)
     else:
@@ -74,6 +82,14 @@ def _rich_progress() -> Progress:
         TextColumn("{task.fields[note]}"),
         console=Console(),
     )
+
+
+class _SilentHandle:
+    def advance(self, n: int = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
 
 
 class _RichHandle:

@@ -15,6 +15,10 @@ class DigSegError(ValueError):
     """
 
 
+class StoppedError(Exception):
+    """The work was asked to stop and did so with nothing lost; the same command goes on with it."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'camvid'?``, or the list of valid names where none is close."""
     names = sorted(valid)
@@ -27,13 +31,16 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point: a :class:`DigSegError` ends it with its text on stderr and exit code 2.
 
-    An interrupt ends it with 130. Any other exception is a defect and keeps its traceback.
+    An interrupt ends it with 130, and having stopped when asked with 143, as a process that SIGTERM ended: a scheduler
+    sees that the work is not done. Any other exception is a defect and keeps its traceback.
     """
     try:
         main()
     except DigSegError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except StoppedError:
+        sys.exit(143)  # what stopped has said so
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

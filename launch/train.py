@@ -1,14 +1,16 @@
 """Train a segmenter: on this machine, or on the Ray cluster that this process belongs to.
 
     python launch/train.py --config configs/demo.yaml training.steps=200
+    python launch/train.py --config configs/demo.yaml --plan
     ray job submit --working-dir . -- python launch/train.py --config configs/demo.yaml run.name=first
 
-A run is known by its name: started again, it goes on where it stopped.
+A run is known by its name: started again, it goes on where it stopped. On SIGTERM it saves and ends with exit code 143.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -33,8 +35,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, help="YAML file of the run, e.g. configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
+    planning = parser.add_argument_group("planning, which starts nothing and needs no GPU")
+    planning.add_argument("--plan", action="store_true", help="say what the run would need, and how long it would take")
+    planning.add_argument(
+        "--plan-gpu", default="h100", help="kind of the GPUs (default: h100); cluster.workers of them"
+    )
+    planning.add_argument(
+        "--plan-mfu", type=float, default=0.4, help="share of their peak that is reached (default: 0.4)"
+    )
+    planning.add_argument("--json", action="store_true", help="the plan as JSON")
     options = parser.parse_args(arguments)
-    train(load_config(options.config, options.overrides))
+    config = load_config(options.config, options.overrides)
+    if options.plan:
+        plan(config, options.plan_gpu, options.plan_mfu, options.json)
+    else:
+        train(config)
+
+
+def plan(config: Config, gpu: str, mfu: float, as_json: bool) -> None:
+    """Say what the run would need; see :func:`digseg.training.plan.make_plan`."""
+    from digseg.model.text import load_text_encoder
+    from digseg.training.plan import make_plan
+    from launch.plan import show_plan
+
+    made = make_plan(config, load_text_encoder(config.model).dim, gpu, mfu)
+    if as_json:
+        print(json.dumps(made.as_json(), indent=1))
+    else:
+        show_plan(made)
 
 
 def train(config: Config) -> None:
@@ -67,11 +95,12 @@ def run_backend(config: Config) -> TrainingResult:
     """Train as ``cluster.backend`` says: with Ray workers, or in this process without importing Ray."""
     if config.cluster.backend == "local":
         from digseg.registry.tracked_training import train_tracked
+        from digseg.training.preemption import Notice, listening
         from digseg.training.run import exclusive
         from digseg.training.world import World
 
         world = World.from_environment()
-        with exclusive(config) if world.is_main else nullcontext():
+        with exclusive(config) if world.is_main else nullcontext(), listening(Notice.END):
             return train_tracked(config, world)
     from digseg.cluster.train import run_training
 

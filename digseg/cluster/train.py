@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from digseg.cluster.runtime import ray_session  # sets what Ray reads when it is imported; comes first
@@ -22,16 +25,20 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from digseg.config import Config
 from digseg.console import progress, say
-from digseg.errors import DigSegError
+from digseg.errors import DigSegError, StoppedError
 from digseg.training.logging import read_metrics
+from digseg.training.preemption import Notice, RunStoppedError, give, listen
 from digseg.training.run import RunDirectory, TrainingResult, check_run, exclusive, finished_result
 from digseg.training.world import World
 
 _FOLLOW_INTERVAL_S = 0.5
+_NOTICE_INTERVAL_S = 0.2
 
 
 def run_training(config: Config) -> TrainingResult:
@@ -44,6 +51,7 @@ def run_training(config: Config) -> TrainingResult:
     Raises:
         DigSegError: the configuration or the data do not allow it, whichever process found out, or a run of
             this name is being trained.
+        StoppedError: this process was sent SIGTERM, as ``ray job stop`` does; the run is saved.
     """
     finished = finished_result(config)
     if finished is not None:
@@ -52,8 +60,9 @@ def run_training(config: Config) -> TrainingResult:
     check_run(config, config.world_sizes[-1])
     with exclusive(config), ray_session(config.cluster):
         _fit(config)
-    result = finished_result(config)
-    assert result is not None  # the workers ended without an error
+        result = finished_result(config)
+        if result is None:  # the workers ended, and not by an error
+            raise StoppedError
     return result
 
 
@@ -63,7 +72,7 @@ def _fit(config: Config) -> None:
     failure = _failure_file(directory.path)
     failure.unlink(missing_ok=True)
     try:
-        with _followed(config):
+        with _followed(config), _passing_on_sigterm(directory.stop):
             _torch_trainer(config).fit()
     except ray.train.TrainingFailedError:
         _raise_recorded(failure)
@@ -73,6 +82,8 @@ def _fit(config: Config) -> None:
 
 def _torch_trainer(config: Config) -> ray.train.torch.TorchTrainer:
     cluster = config.cluster
+    # Of a whole process; where one of its threads hangs, the others wait in a collective, which has this limit too.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s)
     on_gpu = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker}
     if on_gpu:
@@ -97,6 +108,31 @@ def _torch_trainer(config: Config) -> ray.train.torch.TorchTrainer:
     )
 
 
+@contextmanager
+def _passing_on_sigterm(stop: Path) -> Iterator[None]:
+    """Turn SIGTERM to this process into the file by which the workers are asked to save and end."""
+
+    def on_sigterm(signum: int, frame: FrameType | None) -> None:
+        say("asked to stop: the workers save and end")
+        stop.touch()
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Listening(WorkerGroupCallback):  # type: ignore[misc]
+    """Lets SIGTERM to a worker mean that its machine is going to be taken.
+
+    The handler has to be set in the worker's main thread, where Ray calls this; the trainer runs in another.
+    """
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        worker_group.execute(listen, Notice.LEAVE)
+
+
 class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
     """Ray Train with as many workers as share the global batch, and no more actors than needed."""
 
@@ -111,10 +147,11 @@ class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
         complains aloud each second where there is none; here the group goes with the session.
         """
         if len(ray.nodes()) > 1:
-            return list(super()._create_default_callbacks())
+            return [*super()._create_default_callbacks(), _Listening()]
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+        needed = [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+        return [*needed, _Listening()]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
@@ -141,7 +178,8 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     Ray's store what digseg.training.checkpoint has already published, verified and pruned. The driver reads
     the result and the loss curve from the run's directory.
 
-    A :class:`DigSegError` would only come again, so the restart that Ray makes of it ends at once.
+    A :class:`DigSegError` would only come again, so the restart that Ray makes of it ends at once. A worker that
+    leaves its machine raises, so that Ray starts all anew on what is left; where the run is to end, all return.
     """
     config = Config.model_validate(arguments["config"])
     failure = _failure_file(RunDirectory(config).path)
@@ -155,16 +193,48 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         local_world_size=context.get_local_world_size(),
         device=ray.train.torch.get_device(),
     )
+    _watch_notices(RunDirectory(config).stop if world.is_main else None)
     try:
         # DeepSpeed, diffusers and MLflow take seconds to import, and the driver needs none of them.
         from digseg.registry.tracked_training import train_tracked
 
         train_tracked(config, world, show_progress=False)
+    except RunStoppedError as stopped:
+        if stopped.notice is Notice.END:
+            return
+        _hide_traceback()
+        raise
     except DigSegError as error:
         _record(failure, error)
-        # The driver shows the error; Ray would also show its traceback.
-        logging.getLogger("ray.train.v2._internal.util").setLevel(logging.CRITICAL)
+        _hide_traceback()  # the driver shows the error
         raise
+
+
+def _hide_traceback() -> None:
+    """Keep Ray from showing the traceback of what this worker is about to raise."""
+    logging.getLogger("ray.train.v2._internal.util").setLevel(logging.CRITICAL)
+
+
+def _watch_notices(stop: Path | None) -> None:
+    """Give this worker the notices that do not come as signals, for as long as it lives.
+
+    A node that Ray drains (``ray drain-node``, or the autoscaler before a spot machine is taken) is made known to all
+    workers of the run; ``ray.train.get_preemption_info`` would tell it only by a barrier over them at every step.
+
+    Args:
+        stop: the file by which the driver asks the workers to end; one of them looks for it.
+    """
+    preemption = get_train_context().preemption_context
+
+    def watch() -> None:
+        while True:
+            if preemption.preemption_info is not None:
+                give(Notice.LEAVE)
+            if stop is not None and stop.exists():
+                give(Notice.END)
+            time.sleep(_NOTICE_INTERVAL_S)
+
+    threading.Thread(target=watch, name="watch-notices", daemon=True).start()
 
 
 def _failure_file(run_directory: Path) -> Path:

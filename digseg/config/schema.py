@@ -41,6 +41,8 @@ class ClusterConfig(Section):
     address: str | None = None  # of a running cluster; None: the one this process is in, else a local one
     resize_interval_s: Annotated[float, Field(gt=0)] = 60.0  # how often a range of workers is fitted to the room
     max_failures: NonNegative = 3  # restarts of the worker group after a worker or node is lost
+    # A process that does not answer, or come to what all do together, for so long is lost; more than a save takes.
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
 
     @model_validator(mode="after")
     def _range_is_one(self) -> Self:
@@ -251,6 +253,7 @@ class TrainingConfig(Section):
     guard: GuardConfig = GuardConfig()
     validation: ValidationConfig = ValidationConfig()
     log_every: Positive = 10  # steps
+    log_samples: bool = False  # note the samples of each step in the run's directory, one file a process
     threads: Positive | None = None  # torch threads per process; None: the node's cores / its processes
     deepspeed: dict[str, Any] = {}  # merged into the derived DeepSpeed JSON
 

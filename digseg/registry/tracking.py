@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -21,10 +21,12 @@ from digseg.registry import lineage
 from digseg.registry.delivery import BATCH, Delivery, Opened
 from digseg.registry.store import StoreAwayError, artifact_location, connect, first_line, tracking_uri
 from digseg.training.files import write_whole
+from digseg.training.logging import RunStatus
 
 RECORD_NAME = "mlflow_run.json"
 
 _FINISH_TIMEOUT_S = 60.0
+_STATUSES: dict[RunStatus, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 # Limits of MLflow on a parameter's value and a dataset's digest.
 _PARAM_LENGTH = 6000
 _DIGEST_LENGTH = 36
@@ -119,13 +121,13 @@ class MlflowRun:
         assert self._delivery is not None, "start() comes first"
         self._delivery.attach(folder)
 
-    def finish(self, status: Literal["finished", "failed"]) -> None:
+    def finish(self, status: RunStatus) -> None:
         """Write what is queued and close the run; where the store is away, note that both are still to be done."""
         delivered = self._delivery is None or self._delivery.close(_FINISH_TIMEOUT_S)
         self._delivery = None
         try:
             if delivered:
-                self._client.set_terminated(self.run_id, "FINISHED" if status == "finished" else "FAILED")
+                self._client.set_terminated(self.run_id, _STATUSES[status])
                 self._save_record(self.run_id)
                 return
         except (MlflowException, StoreAwayError) as error:

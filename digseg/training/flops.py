@@ -34,21 +34,44 @@ def image_flops(config: Config, text_dim: int, num_classes: int) -> ImageFlops:
     Args:
         text_dim: entries of a class name's embedding.
     """
-    # What has no influence on the count: the precision, and noise.
-    plain = config.training.model_copy(update={"precision": "fp32"})
-    without_noise = config.objective.model_copy(update={"type": "one_step"})
-    counted = config.model_copy(update={"training": plain, "objective": without_noise})
+    loss = loss_shapes(config, text_dim, num_classes)
     with torch.device("meta"):
-        autoencoder = _autoencoder(config.model.autoencoder)
-        segmenter = segmenter_shapes(config.model, text_dim, autoencoder)
-        names = torch.empty(num_classes, text_dim)
-        batch = _one_image(config, autoencoder, num_classes)
-    loss = SegmenterLoss(segmenter, counted, names).to("meta")
+        batch = one_image(config, loss.segmenter.autoencoder, num_classes)
     with FlopCounterMode(display=False) as forward:
         value = loss(batch)["loss"]
     with FlopCounterMode(display=False) as backward:
         value.backward()
     return ImageFlops(forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops())
+
+
+def loss_shapes(config: Config, text_dim: int, num_classes: int) -> SegmenterLoss:
+    """The module that is trained, in float32 and without noise, on the meta device."""
+    # What has no influence on the count: the precision, and noise.
+    plain = config.training.model_copy(update={"precision": "fp32"})
+    without_noise = config.objective.model_copy(update={"type": "one_step"})
+    counted = config.model_copy(update={"training": plain, "objective": without_noise})
+    with torch.device("meta"):
+        segmenter = segmenter_shapes(config.model, text_dim, _autoencoder(config.model.autoencoder))
+        names = torch.empty(num_classes, text_dim)
+    return SegmenterLoss(segmenter, counted, names).to("meta")
+
+
+def one_image(config: Config, autoencoder: Autoencoder, num_classes: int) -> Batch:
+    """A batch of one training crop without content, on the default device."""
+    side = config.data.crop_size
+    cells = side // autoencoder.factor
+    slots = torch.zeros(1, num_classes, dtype=torch.int64)
+    return Batch(
+        images=torch.empty(1, 3, side, side),
+        labels=torch.zeros(1, side, side, dtype=torch.int64),
+        query_ids=slots,
+        colour_ids=slots,
+        class_weights=torch.ones(1, num_classes),
+        positions=torch.zeros(1, dtype=torch.int64),
+        latents=None if config.data.latents is None else torch.empty(1, autoencoder.channels, cells, cells),
+        keys=[""],
+        corrupt={},
+    )
 
 
 def _autoencoder(config: AutoencoderConfig) -> Autoencoder:
@@ -66,20 +89,3 @@ class _KLShapes(KLAutoencoder):
 
     def _encoded_palette(self, device: torch.device) -> torch.Tensor:
         return torch.empty(MAX_COLOURS, self.channels, device=device)
-
-
-def _one_image(config: Config, autoencoder: Autoencoder, num_classes: int) -> Batch:
-    side = config.data.crop_size
-    cells = side // autoencoder.factor
-    slots = torch.zeros(1, num_classes, dtype=torch.int64)
-    return Batch(
-        images=torch.empty(1, 3, side, side),
-        labels=torch.zeros(1, side, side, dtype=torch.int64),
-        query_ids=slots,
-        colour_ids=slots,
-        class_weights=torch.ones(1, num_classes),
-        positions=torch.zeros(1, dtype=torch.int64),
-        latents=None if config.data.latents is None else torch.empty(1, autoencoder.channels, cells, cells),
-        keys=[""],
-        corrupt={},
-    )

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from digseg.training.files import write_whole, writing
 
-RunStatus = Literal["finished", "failed"]
+RunStatus = Literal["finished", "stopped", "failed"]
 
 
 class RunLogger(Protocol):
@@ -35,7 +35,8 @@ class RunLogger(Protocol):
         """Attach the picture files of ``folder`` that the run does not have yet; returns at once."""
 
     def finish(self, status: RunStatus) -> None:
-        """Close the run: ``finished`` once all steps are taken, ``failed`` when training raised."""
+        """Close the run: ``finished`` once all steps are taken, ``stopped`` after a notice (it can be continued),
+        ``failed`` when training raised."""
 
 
 class NullLogger:

@@ -8,6 +8,8 @@
                              skipped.json     steps that are passed over because of their samples, if any
                              ledger.json      where the time went
                              validation/      pictures of what was predicted while training, if it was validated
+                             samples/         which samples each step took, where training.log_samples is set
+                             stop             there while the workers are asked to save and end (under Ray)
                              lock             held while the run is trained; written when it was submitted
                              model/           the exported model, once all steps are taken
                              result.json      the TrainingResult, once the model is there
@@ -66,6 +68,8 @@ class RunDirectory:
         self.skipped = self.path / "skipped.json"
         self.ledger = self.path / "ledger.json"
         self.validation = self.path / "validation"
+        self.samples = self.path / "samples"
+        self.stop = self.path / "stop"
         self.lock = self.path / "lock"
         self._result = self.path / "result.json"
 
@@ -111,6 +115,7 @@ def exclusive(config: Config) -> Iterator[None]:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
+            directory.stop.unlink(missing_ok=True)  # left by a process that was killed while it waited for the workers
         except BlockingIOError:
             lock.seek(0)
             raise DigSegError(

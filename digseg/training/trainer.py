@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from digseg.training.engine import Engine
 from digseg.training.guard import BadStep, SkippedSteps, TooManyBadStepsError
 from digseg.training.ledger import Ledger
 from digseg.training.logging import MetricsFile, NullLogger, RunLogger, read_metrics
+from digseg.training.preemption import RunStoppedError, StopAgreement
 from digseg.training.run import (
     RunDirectory,
     TrainingResult,
@@ -31,6 +32,7 @@ from digseg.training.run import (
     finished_result,
     summarise,
 )
+from digseg.training.sample_log import SampleLog
 from digseg.training.saving import BackgroundSaver
 from digseg.training.schedule import learning_rate
 from digseg.training.shares import gather_shares
@@ -72,6 +74,7 @@ class Trainer:
         Raises:
             DigSegError: shards or settings do not allow it, the run of this name was another one, or losses
                 are not finite or leap up however often the run goes back.
+            RunStoppedError: a rank was given a notice (digseg.training.preemption); the run is saved.
         """
         finished = finished_result(self.config)
         if finished is not None:
@@ -80,7 +83,8 @@ class Trainer:
         self._set_up()
         step = self._resume()
         self._enter("start_up")
-        with self._logged_run(), self._progress(step) as bar, self._saver:
+        shown = progress("training", self.config.training.steps, "steps", step, shown=self._show_progress)
+        with self._logged_run(), shown as bar, self._saver:
             while not self._is_last(step):
                 try:
                     step = self._train_from(step, bar)
@@ -94,6 +98,9 @@ class Trainer:
         """Take the steps from ``step`` on; how many the run has taken then."""
         config = self.config.training
         for batch, data_wait_s in self._timed_batches(step):
+            self._stop.ask()
+            if self._samples is not None:
+                self._samples.add(step, batch.keys)
             if step not in self._skipped:
                 losses = self.train_step(batch, step)
                 self._state.window.add(losses, self.engine.was_bad(), data_wait_s)
@@ -105,8 +112,13 @@ class Trainer:
             if step > self._furthest:
                 self._furthest = step
                 bar.advance()
-            if step % config.checkpoint_every == 0 or self._is_last(step):
+            notice = self._stop.answer()
+            if step % config.checkpoint_every == 0 or self._is_last(step) or notice:
                 self._save(step)
+            if notice and not self._is_last(step):
+                self._saver.wait()
+                self._enter("checkpoint")
+                raise RunStoppedError(notice, self.config.run.name, step)
         return step
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -143,9 +155,10 @@ class Trainer:
         self.data.check_autoencoder(segmenter.autoencoder.identity)
         attention = use_attention(segmenter.unet, config.model.attention, world.device)
         self._say(f"attention: {attention}")
-        self._facts = {"device": _device_name(world.device), "attention_kernel": attention.name}
+        self._facts = {"device": world.device_name, "attention_kernel": attention.name}
         self.engine = Engine(self._model.with_loss(), config, world)
         self._state = TrainingState(self.engine, config.training, world)
+        self._stop = StopAgreement(world)
         self._unreadable = UnreadableSamples(world, config.data.max_corrupt)
         if world.is_main:
             self.directory.write_config(config)
@@ -155,7 +168,9 @@ class Trainer:
         if config.training.validation.every is not None:
             self._validation = Validation(config, world, self._model.as_loaded())
         self._saver = BackgroundSaver(CheckpointStore(self.directory.checkpoints, world.apart(), *kept))
+        world.limit_waits(config.cluster.hang_timeout_s)
         self._restored: Checkpoint | None = None
+        self._samples = SampleLog(self.directory.samples, world) if config.training.log_samples else None
         self._skipped = SkippedSteps(self.directory.skipped)
         self._rollbacks = 0
 
@@ -362,15 +377,14 @@ class Trainer:
             if self.world.is_main and self.directory.validation.is_dir():
                 self.logger.pictures(self.directory.validation)
             yield
+        except RunStoppedError as stopped:
+            self._say(str(stopped))
+            self.logger.finish("stopped")
+            raise
         except BaseException:
             self.logger.finish("failed")
             raise
         self.logger.finish("finished")
-
-    def _progress(self, start: int) -> AbstractContextManager[ProgressHandle]:
-        if self._show_progress:
-            return progress("training", self.config.training.steps, "steps", start)
-        return nullcontext(_Silent())
 
     def _is_last(self, step: int) -> bool:
         # A run may go on with fewer steps than it has taken.
@@ -379,20 +393,6 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.world.is_main:
             say(text)
-
-
-class _Silent:
-    """Progress of the ranks that show none."""
-
-    def advance(self, n: int = 1) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _num_cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -28,6 +29,11 @@ class World:
     def is_main(self) -> bool:
         """Whether this process speaks for the run: logs, publishes checkpoints, exports."""
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name, or ``cpu``."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     @classmethod
     def from_environment(cls) -> World:
@@ -61,6 +67,15 @@ class World:
         PyTorch's asynchronous checkpoints do so too: calls of two threads through one group would mix.
         """
         return replace(self, group=dist.new_group(backend="gloo")) if self.world_size > 1 else self
+
+    def limit_waits(self, seconds: float) -> None:
+        """Let collectives raise where another rank does not come within ``seconds``, in all groups made so far.
+
+        (The groups that DeepSpeed makes for itself take PyTorch's default of 10 to 30 minutes otherwise.)
+        """
+        if self.world_size > 1:
+            for group in list(dist.distributed_c10d._world.pg_map):
+                dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -51,27 +52,36 @@ def ray_running() -> Iterator[None]:
         yield
 
 
-def test_run_that_loses_a_worker_ends_as_the_undisturbed_one(ray_running: None, folder: Path) -> None:
-    undisturbed = run_training(_config(folder, "undisturbed"))
-    config = _config(folder, "disturbed")
-    killer = _Killer(folder / "runs/disturbed/checkpoints")
-    killer.start()
-    disturbed = run_training(config)
-    killer.join()
-    assert killer.steps_at_death is not None
-    assert killer.steps_at_death[-1] < STEPS
-    assert undisturbed.steps == disturbed.steps == STEPS
-    assert undisturbed.world_size == disturbed.world_size == 2
-    curve = _curve(folder, "disturbed")
+@pytest.fixture(scope="module")
+def undisturbed(ray_running: None, folder: Path) -> list[dict[str, Any]]:
+    """The loss curve of a run that nothing happened to."""
+    result = run_training(_config(folder, "undisturbed"))
+    assert (result.steps, result.world_size) == (STEPS, 2)
+    assert result.last_loss < result.first_loss
+    curve = _curve(folder, "undisturbed")
     assert [line["step"] for line in curve] == [1, *range(7, STEPS, 7), STEPS]
-    assert curve == _curve(folder, "undisturbed")
-    assert disturbed.last_loss < disturbed.first_loss
+    return curve
+
+
+def test_run_that_loses_a_worker_ends_as_the_undisturbed_one(undisturbed: list[dict[str, Any]], folder: Path) -> None:
+    config = _disturbed(folder, "killed", signal.SIGKILL)
+    curve = _curve(folder, "killed")
+    assert curve == undisturbed
     # One MLflow run, with each figure once.
     run = MlflowRun(config)
     client = MlflowClient(run.tracking_uri)
     assert client.get_run(run.run_id).info.status == "FINISHED"
     logged = [metric.step for metric in client.get_metric_history(run.run_id, "loss")]
     assert logged == [line["step"] for line in curve]
+
+
+def test_worker_told_that_its_machine_goes_away_has_all_save_and_nothing_is_lost(
+    undisturbed: list[dict[str, Any]], folder: Path
+) -> None:
+    _disturbed(folder, "noticed", signal.SIGTERM)
+    assert _curve(folder, "noticed") == undisturbed
+    ledger = json.loads((folder / "runs/noticed/ledger.json").read_bytes())
+    assert ledger["seconds"]["lost"] == 0
 
 
 def test_users_mistake_found_in_a_worker_is_raised_here_and_not_tried_again(
@@ -132,20 +142,33 @@ def test_submitted_job_trains_the_demo_and_is_found_in_mlflow(tmp_path: Path, re
     assert run.info.run_id in submitted.stdout
 
 
-class _Killer(threading.Thread):
-    """Kills one training worker as soon as the first checkpoint is there."""
+def _disturbed(folder: Path, name: str, sent: signal.Signals) -> Config:
+    """Train, and send one worker a signal as soon as the first checkpoint is there."""
+    config = _config(folder, name)
+    sender = _Sender(folder / "runs" / name / "checkpoints", sent)
+    sender.start()
+    result = run_training(config)
+    sender.join()
+    assert sender.steps_before is not None
+    assert sender.steps_before[-1] < STEPS
+    assert (result.steps, result.world_size) == (STEPS, 2)
+    return config
 
-    def __init__(self, checkpoints: Path) -> None:
+
+class _Sender(threading.Thread):
+    """Sends a training worker a signal as soon as the first checkpoint is there."""
+
+    def __init__(self, checkpoints: Path, sent: signal.Signals) -> None:
         super().__init__(daemon=True)
-        self._checkpoints = checkpoints
-        self.steps_at_death: list[int] | None = None
+        self._checkpoints, self._sent = checkpoints, sent
+        self.steps_before: list[int] | None = None
 
     def run(self) -> None:
         while not published_steps(self._checkpoints):
             time.sleep(0.01)
         workers = [process for process in psutil.Process().children(recursive=True) if _trains(process)]
-        os.kill(max(workers, key=lambda process: process.pid).pid, signal.SIGKILL)
-        self.steps_at_death = published_steps(self._checkpoints)
+        os.kill(max(workers, key=lambda process: process.pid).pid, self._sent)
+        self.steps_before = published_steps(self._checkpoints)
 
 
 def _trains(process: psutil.Process) -> bool:
@@ -155,7 +178,7 @@ def _trains(process: psutil.Process) -> bool:
     return False
 
 
-def _config(folder: Path, name: str, workers: int | list[int] = 2, **training: Any) -> Config:
+def _config(folder: Path, name: str, workers: int | list[int] = 2) -> Config:
     return small_config(
         folder,
         run={"name": name},
@@ -167,7 +190,6 @@ def _config(folder: Path, name: str, workers: int | list[int] = 2, **training: A
             "log_every": 7,
             "threads": 1,
             "precision": "fp32",
-            **training,
         },
     )
 

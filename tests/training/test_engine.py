@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,24 @@ def test_two_processes_take_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
     run_ranks(_train_rank, 2, tmp_path, tmp_path, cases)
     for case in cases:
         _assert_equals_plain_loop(tmp_path, case, [torch.load(tmp_path / f"{case}-rank{rank}.pt") for rank in range(2)])
+
+
+@pytest.mark.cluster
+def test_rank_that_does_not_come_to_a_collective_is_given_up_after_the_limit(tmp_path: Path) -> None:
+    run_ranks(_wait_for_another, 2, tmp_path, tmp_path)
+
+
+def _wait_for_another(world: World, folder: Path) -> None:
+    """Rank 0 takes a step that rank 1 does not take until rank 0 has given up."""
+    engine = Engine(StandIn(), Case(1, BATCH // 2).config(folder), world)
+    world.limit_waits(5)
+    given_up = folder / "given-up"
+    while world.rank == 1 and not given_up.exists():
+        time.sleep(0.05)
+    if world.rank == 0:
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out|[Tt]imeout"):
+            engine.forward_backward(batches()[0])  # gradients are reduced as they come
+        given_up.touch()
 
 
 @pytest.mark.parametrize("stage", range(4))

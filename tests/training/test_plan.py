@@ -1,0 +1,144 @@
+"""What a plan says, against what the run really takes on this CPU, and against published sizes."""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_world import small_config, write_squares
+from torch.profiler import ProfilerActivity, profile
+
+from digseg.config import Config, load_config
+from digseg.data.loader import training_batches
+from digseg.data.training_data import TrainingData
+from digseg.errors import DigSegError
+from digseg.model import build_segmenter
+from digseg.model.text import load_text_encoder
+from digseg.model.training_module import SegmenterLoss
+from digseg.training.engine import Engine
+from digseg.training.plan import checkpoint_bytes, make_plan, memory_of_step
+from digseg.training.state import TrainingState
+from digseg.training.world import World
+
+SD2_UNET = {
+    "block_out_channels": [320, 640, 1280, 1280], "attention": [True, True, True, False], "layers_per_block": 2,
+    "cross_attention_dim": 1024, "num_heads": 5, "norm_num_groups": 32,
+}  # fmt: skip
+TEXT_DIM = 384
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_memory_and_checkpoint_are_what_a_run_takes(tmp_path: Path, repository: Path, stage: int) -> None:
+    write_squares(tmp_path / "shards", "train", 8)
+    config = _model_of_the_demo(tmp_path, repository, stage)
+    data = TrainingData(config.data, seed=0)
+    (batch,) = training_batches(data, config, 0, 1, 0, 1)
+    encoder = load_text_encoder(config.model)
+    before = _live_bytes()
+    loss = SegmenterLoss(build_segmenter(config, encoder), config, torch.randn(len(data.names), encoder.dim))
+    num_parameters = sum(parameter.numel() for parameter in loss.parameters())
+    engine = Engine(loss, config, World())
+    state = TrainingState(engine, config.training, World())
+
+    def step() -> None:
+        engine.forward_backward(batch.to(torch.device("cpu")))
+        engine.step(1e-4)
+        assert state.average is not None
+        state.average.update(engine.shares())
+
+    step()  # Adam's moments are made
+    kept = _live_bytes() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    measured = kept + _peak_bytes(profiler)
+    planned = memory_of_step(config, encoder.dim, batch.query_ids.shape[1], on_gpu=False)
+    assert planned.total == pytest.approx(measured, rel=0.15)
+
+    state.save(tmp_path)
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*.pt"))
+    assert checkpoint_bytes(config, num_parameters) == pytest.approx(written, rel=0.05)
+    engine.close()
+
+
+def test_network_of_stable_diffusions_size_is_planned_in_seconds(tmp_path: Path) -> None:
+    config = _sd2(tmp_path)
+    began = time.process_time()
+    plan = make_plan(config, 1024, "h100", mfu=0.4)
+    assert time.process_time() - began < 60
+    assert 865e6 < plan.trainable_parameters < 900e6  # Stable Diffusion 2's U-Net, and the pathway
+    assert plan.training_flops == pytest.approx(2.41e12, rel=0.05)
+    assert (plan.micro_batch_size, plan.micro_batches) == (4, 2)
+    size = 4 * plan.trainable_parameters
+    assert plan.memory[0].optimizer == 2 * size
+    assert plan.memory[1].optimizer == pytest.approx(3 * size / 64)
+    assert plan.memory[2].gradients == plan.memory[3].weights == pytest.approx(size / 64)
+    # 64 GPUs of 989 TFLOP/s at 0.4, 512 images a step
+    assert plan.images_per_second == pytest.approx(64 * 989e12 * 0.4 / plan.training_flops)
+    assert plan.seconds == pytest.approx(1000 * 512 / plan.images_per_second)
+    assert plan.deepspeed["train_micro_batch_size_per_gpu"] == 4
+    assert plan.images is None
+
+
+def test_plan_warns_of_what_will_not_do(tmp_path: Path) -> None:
+    plan = make_plan(_sd2(tmp_path, workers=[1, 5], zero_stage=0, micro_batch_size=8), 1024, "a10g")
+    fit, workers, shards = plan.warnings
+    assert fit.startswith("does not fit: ZeRO stage 0 needs")
+    assert "of 1 to 5, only 1, 2, 4 divide" in workers
+    assert shards.startswith("no shards yet in")
+
+
+def test_shards_give_epochs_and_the_size_of_queries(tmp_path: Path) -> None:
+    write_squares(tmp_path / "shards", "train", 8)
+    plan = make_plan(small_config(tmp_path), TEXT_DIM)
+    assert plan.images == 8
+    assert plan.warnings == []
+    assert plan.as_json()["memory"]["zero1"]["total"] == plan.memory[1].total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"gpu": "h10"}, "--plan-gpu.*'h100'"), ({"mfu": 40.0}, "--plan-mfu: got 40")]
+)
+def test_figures_that_cannot_be_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DigSegError, match=message):
+        make_plan(small_config(tmp_path), TEXT_DIM, **arguments)
+
+
+def _sd2(folder: Path, workers: int | list[int] = 64, **training: Any) -> Config:
+    settings = {"steps": 1000, "global_batch_size": 512, "micro_batch_size": 4, **training}
+    config = small_config(folder, cluster={"workers": workers}, model={"unet": SD2_UNET}, training=settings)
+    data = config.data.model_copy(update={"crop_size": 256})  # latents of 64 x 64, as of 512 px
+    return config.model_copy(update={"data": data})
+
+
+def _model_of_the_demo(folder: Path, repository: Path, stage: int) -> Config:
+    demo = load_config(repository / "configs/demo.yaml")
+    return small_config(
+        folder,
+        cluster={"workers": 1, "backend": "local"},
+        model=demo.model.model_dump(),
+        data={"root": str(folder / "shards"), "corpora": [{"name": "squares"}], "crop_size": 128},
+        training={"steps": 2, "global_batch_size": 4, "precision": "fp32", "zero_stage": stage},
+    )
+
+
+def _live_bytes() -> int:
+    """Of all tensors of this process, gradients included."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _peak_bytes(profiler: Any) -> int:
+    """The most that was allocated at once above what was there when the profiler began."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
