@@ -212,8 +212,8 @@ def _print_decision(decision: Decision) -> None:
         return
     rows = [
         (
-            row.scope,
-            ", ".join(row.corpora) if row.scope != "mean" else "",
+            row.scope.replace("_", " "),
+            "\n".join(row.corpora) if row.scope != "mean" else "",
             f"{row.difference:+.3f}",
             f"{row.bound:+.3f}",
             f"{row.limit:+.3f}",
@@ -222,7 +222,7 @@ def _print_decision(decision: Decision) -> None:
         for row in decision.verdict.requirements
     ]
     title = f"mIoU of {challenger.uri} minus that of {champion.uri}, gate {gate.name!r}"
-    columns = ("domain", "corpora", "difference", f"at least ({gate.confidence:.0%})", "needed", "")
+    columns = ("domain", "corpora", "difference", f"at least\n({gate.confidence:.0%})", "needed", "")
     _print(_table(columns, rows, title))
     say(f"{challenger.uri} {'passes' if decision.passed else 'does not pass'} the gate")
 
