@@ -61,7 +61,8 @@ from digseg.data.loader import training_batches
 from digseg.data.mixture import GlobalOrder
 from digseg.data.storage import Storage
 from digseg.data.training_data import TrainingData
-from digseg.data.transforms import TransformSettings, training_crop
+from digseg.data.transform_settings import TransformSettings
+from digseg.data.transforms import training_crop
 from digseg.data.writer import EncodedSample, ShardWriter, encode_mask
 
 CORPUS, SPLIT = "drawn", "train"

@@ -25,7 +25,7 @@ from digseg.console import say
 from digseg.data.format import Manifest, Statistics, list_manifests, load_manifest, split_path
 from digseg.data.latents import LatentRecipe
 from digseg.data.storage import Storage
-from digseg.data.transforms import TransformSettings
+from digseg.data.transform_settings import TransformSettings
 from digseg.errors import DigSegError, run_main
 
 if TYPE_CHECKING:

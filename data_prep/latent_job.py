@@ -16,9 +16,10 @@ from digseg.config import AutoencoderConfig
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, Statistics, split_path
 from digseg.data.hashes import hash_image
-from digseg.data.latents import LatentRecipe, View, draw_views, pack_latents
+from digseg.data.latents import LatentRecipe, pack_latents
 from digseg.data.storage import Storage
 from digseg.data.transforms import as_pixels
+from digseg.data.views import View, draw_views
 from digseg.data.writer import EncodedSample, ShardWriter, encode_mask, encode_png
 from digseg.errors import DigSegError
 from digseg.model.autoencoder import Autoencoder, build_autoencoder

@@ -67,6 +67,9 @@ def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     lint.add_argument("root", metavar="ROOT", help="a folder, or a URL such as s3://bucket/shards")
     lint.add_argument("--strict", action="store_true", help="exit code 1 for leaks too")
+    lint.add_argument(
+        "--duplicates", type=Path, metavar="FILE", help="write every group of duplicates, a line of JSON each"
+    )
     lint.set_defaults(run=_lint_shards)
     show = actions.add_parser(
         "show",
@@ -113,9 +116,14 @@ def _device(name: str) -> str:
 
 
 def _lint_shards(options: argparse.Namespace) -> None:
+    if options.duplicates:
+        _check_file("--duplicates", options.duplicates)
+
     from digseg.data.lint import lint_shards
 
     report = lint_shards(options.root)
+    if options.duplicates:
+        _write_file("--duplicates", options.duplicates, "".join(g.to_line() for g in report.duplicates.groups))
     for problem in report.problems:
         say(problem)
     _say_duplicates(report.duplicates)
@@ -147,17 +155,25 @@ def _say_duplicates(duplicates: Duplicates) -> None:
 def _show_shards(options: argparse.Namespace) -> None:
     if options.samples < 1:
         raise DigSegError(f"--samples is {options.samples}; it must be at least 1")
-    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
-        raise DigSegError(f"--out {options.out}: give the name of a file in a folder that exists")
+    _check_file("--out", options.out)
 
     from digseg.evaluation.shard_page import shard_page
 
-    page = shard_page(options.root, options.samples)
-    try:
-        options.out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise DigSegError(f"--out {options.out} cannot be written: {error.strerror or error}") from error
+    _write_file("--out", options.out, shard_page(options.root, options.samples))
     say(f"open {options.out} in a browser")
+
+
+def _check_file(option: str, path: Path) -> None:
+    """Whether a file can be made there, before long work is done for it."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise DigSegError(f"{option} {path}: give the name of a file in a folder that exists")
+
+
+def _write_file(option: str, path: Path, content: str) -> None:
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise DigSegError(f"{option} {path} cannot be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

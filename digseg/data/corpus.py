@@ -188,11 +188,12 @@ class ShardedCorpus:
         """Compare every byte of every shard with the manifest's sha256.
 
         Raises:
-            DigSegError: naming the first file that is missing or differs.
+            DigSegError: naming the first file that is missing or differs, or that cannot be read.
         """
-        for shard in self.manifest.shards:
-            for problem in shard_problems(self._storage, self._folder, shard):
-                raise DigSegError(f"{problem}; run {self.manifest.job} again to mend it")
+        with self._storage.reading():
+            for shard in self.manifest.shards:
+                for problem in shard_problems(self._storage, self._folder, shard):
+                    raise DigSegError(f"{problem}; run {self.manifest.job} again to mend it")
 
     def _cached(self, shard: int, entry: IndexEntry) -> StoredSample | None:
         """The sample out of the cache, None where its shard is not there."""

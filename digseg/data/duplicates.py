@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ class Member(NamedTuple):
     number: int
     key: str
 
+    def record(self) -> dict[str, str]:
+        """Its names, apart."""
+        corpus, _, split = self.split.partition("/")
+        return {"corpus": corpus, "split": split, "key": self.key}
+
 
 @dataclass(frozen=True)
 class DuplicateGroup:
@@ -51,6 +57,17 @@ class DuplicateGroup:
     def leaks(self) -> bool:
         """Whether it reaches across splits or corpora."""
         return self.pair[0].split != self.pair[1].split
+
+    def to_line(self) -> str:
+        """A line of JSON; the closest pair comes first among the members, ``kind`` and ``distance`` are its own."""
+        others = (member for member in self.members if member not in self.pair)
+        record = {
+            "kind": "exact" if self.same else "near",
+            "distance": self.distance,
+            "leak": self.leaks,
+            "members": [member.record() for member in (*self.pair, *others)],
+        }
+        return json.dumps(record) + "\n"
 
     def __str__(self) -> str:
         first, second = (f"{member.key} of {member.split}" for member in self.pair)
@@ -76,8 +93,13 @@ def find_duplicates(storage: Storage, manifests: Iterable[Manifest]) -> Duplicat
     """Duplicates among all images of some splits, by the hashes beside their shards.
 
     Raises:
-        DigSegError: a file of hashes is missing or damaged.
+        DigSegError: a file of hashes is missing or damaged, or cannot be read.
     """
+    with storage.reading():
+        return _found(storage, manifests)
+
+
+def _found(storage: Storage, manifests: Iterable[Manifest]) -> Duplicates:
     finder = DuplicateFinder()
     for manifest in manifests:
         folder = split_path(manifest.corpus, manifest.split)

@@ -228,11 +228,12 @@ def list_manifests(root: str | Path) -> list[Manifest]:
     """Manifests of all splits of all corpora below a root, sorted by corpus and split.
 
     Raises:
-        DigSegError: nothing is there, or a manifest is damaged.
+        DigSegError: nothing is there, or a manifest is damaged or cannot be read.
     """
     storage = Storage(root)
-    paths = [f"{folder}/{MANIFEST_NAME}" for folder in split_folders(storage)]
-    return [parse_manifest(storage.read(path), storage.url(path)) for path in paths]
+    with storage.reading():
+        paths = [f"{folder}/{MANIFEST_NAME}" for folder in split_folders(storage)]
+        return [parse_manifest(storage.read(path), storage.url(path)) for path in paths]
 
 
 def inner_folders(storage: Storage) -> list[str]:

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from digseg.data.corpus import Sample, ShardedCorpus
 from digseg.data.latents import Latents
-from digseg.data.transforms import TransformSettings, training_crop
+from digseg.data.transform_settings import TransformSettings
+from digseg.data.transforms import training_crop
 
 
 class Crop(NamedTuple):

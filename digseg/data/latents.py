@@ -1,17 +1,13 @@
-"""Views of a sample and their latents: what is stored so that training needs no autoencoder for its images.
+"""What latents were made by, and how they are stored, so that training needs no autoencoder for its images.
 
-A view is one draw of the training transform (scale, crop, flip, colour), seeded by (seed, sample, view). It is kept as
-pixels, class ids and the latents of exactly those pixels, and is a sample of a shard like any other: of a sample KEY
-the shard holds KEY-v0, KEY-v1 and so on, side by side.
+They are those of views (:mod:`digseg.data.views`), each a sample of a shard like any other.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,7 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from digseg.data.order import mix64, permuted_index
-from digseg.data.transforms import TransformSettings, training_crop
+from digseg.data.transform_settings import TransformSettings
 
 LATENTS_CODE = 2
 """Changes whenever the same samples and settings would give other views or other latents."""
@@ -89,32 +85,6 @@ _KEYS = {
 def _short(value: str) -> str:
     """A value for a message; of a sha256 the beginning tells it apart."""
     return value[:12] if len(value) == 64 else value
-
-
-@dataclass(frozen=True)
-class View:
-    """``image`` uint8 [R, R, 3] RGB and ``mask`` [R, R] ids, R the resolution; padding is grey, and ignored."""
-
-    key: str
-    image: npt.NDArray[np.uint8]
-    mask: npt.NDArray[Any]
-
-
-def draw_views(
-    name: str, image: npt.NDArray[np.uint8], mask: npt.NDArray[Any], ignore_id: int, recipe: LatentRecipe
-) -> Iterator[View]:
-    """All views of the sample ``name`` (corpus/split/key); a view depends on name, seed and its own number alone."""
-    ids = np.arange(ignore_id + 1, dtype=mask.dtype)
-    sample = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
-    for number in range(recipe.views):
-        rng = np.random.default_rng([recipe.seed, sample, number])
-        pixels, labels = training_crop(image, mask, ids, recipe.transform, rng)
-        yield View(view_key(name.rpartition("/")[2], number), np.ascontiguousarray(pixels.transpose(1, 2, 0)), labels)
-
-
-def view_key(key: str, number: int) -> str:
-    """The key of a view among the samples of its shard."""
-    return f"{key}-v{number}"
 
 
 def view_of(epoch: int, sample: int, views: int, seed: int) -> int:

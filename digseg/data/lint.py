@@ -57,9 +57,14 @@ def lint_shards(root: str | Path) -> LintReport:
     problem of the shards; they are found by their hashes alone.
 
     Raises:
-        DigSegError: there are no shards below the root.
+        DigSegError: there are no shards below the root, or a file that is there cannot be read.
     """
     storage = Storage(root)
+    with storage.reading():
+        return _linted(storage)
+
+
+def _linted(storage: Storage) -> LintReport:
     report, finder = LintReport(), DuplicateFinder()
     folders = split_folders(storage)
     for folder in inner_folders(storage):
@@ -167,7 +172,7 @@ class _Split:
         self._keys.add(entry.key)
         try:
             sample = decode_sample(read_stored(self._storage, tar, entry, self._manifest.job))
-        except (CorruptSampleError, DigSegError) as error:
+        except CorruptSampleError as error:
             return str(error)
         mask = sample.mask
         if sample.image.shape[:2] != mask.shape:

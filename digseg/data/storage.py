@@ -172,6 +172,18 @@ class Storage:
         return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
 
     @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A block that a file which cannot be read ends with a clear error.
+
+        Raises:
+            DigSegError: for any OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise DigSegError(f"{self.root} cannot be read: {error}; try again once it can") from error
+
+    @contextmanager
     def _remotely(self) -> Iterator[Any]:
         """The remote file system. Every one has errors of its own: those that are no OSError are raised as one."""
         try:

@@ -22,7 +22,7 @@ from digseg.data.latents import LATENTS_CODE, Latents
 from digseg.data.mixture import GlobalOrder, Place, temperature_weights
 from digseg.data.order import WindowedOrder, mix64
 from digseg.data.queries import Query, class_frequencies, draw_query, name_table, query_vocabulary
-from digseg.data.transforms import TransformSettings
+from digseg.data.transform_settings import TransformSettings
 from digseg.errors import DigSegError
 
 # Independent random streams of one position: the query must not change with the image's size.

@@ -16,6 +16,7 @@ from digseg.evaluation.colours import class_colours, paint
 from digseg.evaluation.page import data_uri, render
 
 _SHOWN_LEAKS = 24
+_LISTED_GROUPS = 500
 _TILE_PX = 320  # longer side of a picture on the page
 
 
@@ -83,6 +84,7 @@ def shard_page(root: str | Path, samples_per_split: int = 12) -> str:
         splits=splits,
         duplicates=duplicates,
         leaks=[_leak(root, group) for group in duplicates.leaks[:_SHOWN_LEAKS]],
+        groups=duplicates.groups[:_LISTED_GROUPS],
     )
 
 
@@ -129,11 +131,12 @@ def _view(root: str | Path, manifest: Manifest, samples_per_split: int) -> _Spli
 
 def _rejected(root: str | Path, manifest: Manifest) -> list[Rejected]:
     storage, path = Storage(root), f"{split_path(manifest.corpus, manifest.split)}/{REJECTED_NAME}"
-    try:
-        return [Rejected.model_validate_json(line) for line in storage.read(path).splitlines()]
-    except (ValueError, FileNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise DigSegError(f"{storage.url(path)} is damaged ({reason}); run {manifest.job} again") from error
+    with storage.reading():
+        try:
+            return [Rejected.model_validate_json(line) for line in storage.read(path).splitlines()]
+        except (ValueError, FileNotFoundError) as error:
+            reason = str(error).splitlines()[0]
+            raise DigSegError(f"{storage.url(path)} is damaged ({reason}); run {manifest.job} again") from error
 
 
 def _latents(recipe: LatentRecipe | None) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from digseg.data.duplicates import DuplicateFinder, Duplicates, near_pairs
 from digseg.data.format import ImageHashes, hashes_name, load_manifest, parse_hashes
 from digseg.data.hashes import hash_image
 from digseg.data.lint import lint_shards
+from digseg.errors import DigSegError
 
 VOCABULARY = ("sand", "sea")
 Image8 = npt.NDArray[np.uint8]
@@ -165,6 +168,35 @@ def test_leaks_are_told_and_fail_only_where_asked(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit) as stopped:
         main(["shards", "lint", str(tmp_path), "--strict"])
     assert stopped.value.code == 1
+
+
+def test_all_groups_are_listed_with_their_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = _photo(3)
+    _write(tmp_path, "shore", "train", {**{f"k{seed}": _photo(seed) for seed in range(5)}, "again": _photo(1)})
+    _write(tmp_path, "coast", "val", {"x": _photo(7), "y": _as_jpeg(photo), "z": _as_jpeg(photo, 95)})
+    main(["shards", "lint", str(tmp_path), "--duplicates", str(tmp_path / "groups.jsonl")])
+    assert "1 leaks across splits or corpora, 1 groups" in capsys.readouterr().out
+    near, exact = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
+    assert (near["kind"], near["leak"], exact["kind"], exact["distance"], exact["leak"]) == (
+        "near",
+        True,
+        "exact",
+        0,
+        False,
+    )
+    assert 0 <= near["distance"] <= 4
+    named = [(member["corpus"], member["split"], member["key"]) for member in near["members"]]
+    assert sorted(named) == [("coast", "val", "y"), ("coast", "val", "z"), ("shore", "train", "k3")]
+    assert {named[0][0], named[1][0]} == {"coast", "shore"}  # the closest pair of those that leak
+    assert [member["key"] for member in exact["members"]] == ["k1", "again"]
+
+
+@pytest.mark.parametrize("file", [".", "nowhere/groups.jsonl", "/dev/full"])
+def test_list_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path, "shore", "train", {"a": _photo(0), "b": _photo(0)})
+    with pytest.raises(DigSegError, match=rf"--duplicates {re.escape(file)}"):
+        main(["shards", "lint", str(tmp_path), "--duplicates", file])
 
 
 def test_no_leaks_pass_strictly(tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from digseg.data.latents import (
     LATENTS_CODE,
     LatentRecipe,
-    draw_views,
     pack_latents,
     unpack_latents,
     view_of,
 )
-from digseg.data.transforms import TransformSettings, as_pixels
+from digseg.data.transform_settings import TransformSettings
+from digseg.data.transforms import as_pixels
+from digseg.data.views import draw_views
 
 PLAIN = TransformSettings(crop_size=16, short_side=24, scale=(1.0, 1.0), flip=True, upright=False, colour_jitter=0.0)
 RECIPE = LatentRecipe(

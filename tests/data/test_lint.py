@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from latent_writing import write_latents
 from shard_writing import data_config, noise_samples, write_split
 
 from digseg.cli import main
 from digseg.data.format import REJECTED_NAME, Manifest, Rejected, hashes_name, parse_index
 from digseg.data.lint import lint_shards
-from digseg.errors import DigSegError
+from digseg.errors import DigSegError, run_main
 
 VOCABULARY = ("sand", "sea", "sky")
 
@@ -53,6 +57,35 @@ def test_intact_shards_pass(root: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_wide_vocabularies_pass(tmp_path: Path) -> None:
     write_split(tmp_path, "many", noise_samples(4, 300), [f"class {number}" for number in range(300)])
     assert lint_shards(tmp_path).problems == []
+
+
+class VanishingStore(MemoryFileSystem):
+    """Lists what it has, and reads no file whose name ends in ``lost``."""
+
+    protocol = "vanishing"
+    lost = ""
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        if self.lost and path.endswith(self.lost):
+            raise ConnectionError("the store is gone")
+        content: bytes = super().cat_file(path, start, end, **options)
+        return content
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", ".tar", ".idx", ".hashes", "rejected.jsonl"])
+def test_store_that_goes_away_after_its_listing_is_said_with_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    fsspec.register_implementation("vanishing", VanishingStore, clobber=True)
+    monkeypatch.setattr("digseg.data.corpus._RETRY_WAITS_S", (0.0,))
+    root = "vanishing://lint/there"
+    write_split(root, "shore", noise_samples(4, 3), VOCABULARY)
+    monkeypatch.setattr(VanishingStore, "lost", lost)
+    for command in (["lint", root], ["show", root, "--out", str(tmp_path / "page.html")]):
+        with pytest.raises(SystemExit) as stopped:
+            run_main(partial(main, ["shards", *command]))
+        assert stopped.value.code == 2
+        assert re.search(r"error: .*cannot be read: .*the store is gone", capsys.readouterr().err)
 
 
 def test_remote_shards_pass() -> None:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from shard_writing import data_config
 
-from digseg.data.transforms import TransformSettings, training_crop
+from digseg.data.transform_settings import TransformSettings
+from digseg.data.transforms import training_crop
 
 SETTINGS = TransformSettings(crop_size=32, short_side=40, scale=(1.0, 1.0), flip=False, upright=True, colour_jitter=0.0)
 IDENTITY = np.arange(256, dtype=np.uint8)

@@ -21,8 +21,9 @@ from digseg.cluster.runtime import ray_session
 from digseg.config import AutoencoderConfig
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import LATENT_MEMBER, load_manifest
-from digseg.data.latents import draw_views, unpack_latents
+from digseg.data.latents import unpack_latents
 from digseg.data.transforms import as_pixels
+from digseg.data.views import draw_views
 from digseg.errors import DigSegError
 from digseg.model.autoencoder import build_autoencoder
 

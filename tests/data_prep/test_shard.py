@@ -385,3 +385,9 @@ def test_real_samples_are_sharded_whole_and_pass_strictly(
         manifest = finish_split(plan, [make_shard(job) for job in plan.jobs])
         assert (manifest.samples, manifest.rejected) == (number, 0)
     main(["shards", "lint", str(tmp_path), "--strict"])
+
+
+def test_tasks_that_only_shard_do_not_load_torch(repository: Path) -> None:
+    """It would take each of them 150 MB and seconds."""
+    code = "import sys, data_prep.shard_job, digseg.cluster.tasks, digseg.data.lint; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=repository, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Sharding into an object store, from a cluster whose machines know nothing of it."""
+"""Sharding and encoding into an object store, from a cluster whose machines know nothing of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 import pytest
 from corpus_files import noise_corpus
+from kl_autoencoder import write_kl_autoencoder
 from ray_head import start_head
 from s3_server import BUCKET, start_s3
+from small_world import write_squares
 
 from data_prep.shard import finish_split, plan_split
 from data_prep.shard_job import make_shard
@@ -36,36 +39,70 @@ def garden(tmp_path: Path) -> Path:
     return noise_corpus(tmp_path / "garden", images=6)
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster whose machines know nothing of the object store, and the environment of who submits to it."""
+
+    environment: dict[str, str]
+
+    def run(self, job: str, *arguments: object) -> str:
+        """What a job says."""
+        done = subprocess.run(
+            [sys.executable, f"data_prep/{job}.py", *map(str, arguments)],
+            cwd=REPOSITORY,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def cluster(s3: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
+    with start_head(tmp_path_factory.mktemp("head"), bare) as head:
+        known = {"RAY_ADDRESS": head.address, "PYTHONPATH": str(REPOSITORY)}
+        yield Cluster({**bare, **head.environment, **known, **s3})
+
+
 @pytest.mark.cluster
 def test_shards_in_an_object_store_are_those_of_a_disk_and_are_mended_there(
-    garden: Path, tmp_path: Path, s3: dict[str, str]
+    garden: Path, tmp_path: Path, cluster: Cluster
 ) -> None:
-    bare = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
-    job = [sys.executable, "data_prep/shard.py", "--corpus", "folder", "--root", str(garden), "--split", "train"]
-    job += ["--samples-per-shard", "2", "--out", OUT]
-    with start_head(tmp_path, bare) as head:
-        environment = {**bare, **head.environment, "RAY_ADDRESS": head.address, "PYTHONPATH": str(REPOSITORY), **s3}
+    job = ("shard", "--corpus", "folder", "--root", garden, "--split", "train", "--samples-per-shard", 2, "--out", OUT)
+    assert "5 samples in 3 shards (3 written, 0 verified)" in cluster.run(*job)
+    assert lint_shards(OUT).problems == []
+    stored = _contents(OUT)
+    assert stored == _contents(_sharded_alone(garden, tmp_path / "disk"))
+    assert ShardedCorpus(OUT, "garden", "train").read(4).image.shape == (24, 32, 3)
 
-        def run() -> str:
-            done = subprocess.run(
-                job, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False
-            )
-            assert done.returncode == 0, done.stderr
-            return done.stdout
+    tar = "garden/train/garden-train-000001.tar"
+    damaged = bytearray(stored[tar])
+    damaged[700] ^= 1
+    Storage(OUT).write(tar, bytes(damaged))
+    assert any(tar in problem for problem in lint_shards(OUT).problems)
+    assert "(1 written, 2 verified)" in cluster.run(*job)
+    assert _contents(OUT) == stored
 
-        assert "5 samples in 3 shards (3 written, 0 verified)" in run()
-        assert lint_shards(OUT).problems == []
-        stored = _contents(OUT)
-        assert stored == _contents(_sharded_alone(garden, tmp_path / "disk"))
-        assert ShardedCorpus(OUT, "garden", "train").read(4).image.shape == (24, 32, 3)
 
-        tar = "garden/train/garden-train-000001.tar"
-        damaged = bytearray(stored[tar])
-        damaged[700] ^= 1
-        Storage(OUT).write(tar, bytes(damaged))
-        assert any(tar in problem for problem in lint_shards(OUT).problems)
-        assert "(1 written, 2 verified)" in run()
-        assert _contents(OUT) == stored
+@pytest.mark.cluster
+def test_latents_in_an_object_store_are_those_of_a_disk(tmp_path: Path, cluster: Cluster) -> None:
+    images = f"s3://{BUCKET}/images"
+    for root in (images, tmp_path / "images"):
+        write_squares(root, "train", 5)
+    write_kl_autoencoder(tmp_path / "sd")
+    settings = ("--model", tmp_path / "sd", "--resolution", 32, "--views", 2)
+    latents = f"s3://{BUCKET}/latents"
+    written = cluster.run("encode_latents", "--data", images, *settings, "--out", latents)
+    assert "5 samples x 2 views in 2 shards (2 written, 0 verified)" in written
+    assert lint_shards(latents).problems == []
+    cluster.run("encode_latents", "--data", tmp_path / "images", *settings, "--out", tmp_path / "latents")
+    assert _contents(latents) == _contents(tmp_path / "latents")
+    again = cluster.run("encode_latents", "--data", images, *settings, "--out", latents)
+    assert "(0 written, 2 verified)" in again
 
 
 def test_object_store_that_cannot_be_written_is_a_clear_error(garden: Path, s3: dict[str, str]) -> None:

@@ -87,6 +87,8 @@ def test_page_shows_leaks_side_by_side(root: Path) -> None:
     html = shard_page(root)
     assert "1 groups of the same or nearly the same image" in html
     assert "copy &lt;1&gt; of coast/train and k004 of shore/train (the same image)" in html
+    listed = re.findall(r"<li>(.*?)</li>", html)
+    assert [re.sub("<.*?>", "", line) for line in listed] == ["exact: copy &lt;1&gt; coast/train, k004 shore/train"]
     leak = html[html.index('class="leak"') :]
     left, right = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))), dtype=float)
