@@ -9,9 +9,10 @@ the tars. They share the code for a sample; what differs is how samples are shar
 - ``ray.data``: ``map`` and ``write_webdataset``.
 
 Each runs in fresh processes, and they take turns; the figures are medians over the rounds. Starting Python, Ray and its
-workers takes seconds whatever the size of a corpus and is not timed. All are told alike to keep freed memory. Peak
-memory is the proportional set size of a side's whole process tree, Ray's own processes included, in a run of its own
-that is not timed, because looking costs time.
+workers takes seconds whatever the size of a corpus and is not timed. All keep freed memory, and run at one priority:
+Ray's workers would else give way to whatever a machine does besides. Peak memory is the proportional set size of a
+side's whole process tree, Ray's own processes included, in a run of its own that is not timed, because looking costs
+time.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ HEIGHT, WIDTH = 360, 480
 CLASSES = 11
 DRAWN = 40  # the others are these, shifted
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+PRIORITY = {"RAY_worker_niceness": "0"}
 SIDES = {"job": "data_prep/shard.py", "loop": "loop with ShardWriter", "ray_data": "ray.data"}
 SAMPLING_S = 0.05
 
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _start(side: str, corpus: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "benchmarks/preparation/sides.py"), side, str(corpus)],
-        env={**os.environ, **ALLOCATOR, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **ALLOCATOR, **PRIORITY, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
