@@ -15,9 +15,15 @@ class AutoencoderConfig(Section):
     type: Literal["shuffle", "kl"] = "shuffle"
     factor: Annotated[int, Field(ge=1)] = 4  # of ``shuffle``; ``kl`` brings its own
     path: Weights | None = None  # of ``kl``: a diffusers directory, its vae folder, or a hub id
+    slicing: bool = False  # of ``kl``: encode and decode the images of a batch one by one, to save memory
+    # Of ``kl``: encode and decode images above the size that it was trained on in overlapping tiles. Its norms then
+    # see a tile instead of the image, which changes such latents.
+    tiling: bool = False
 
     @model_validator(mode="after")
     def _path_belongs_to_kl(self) -> Self:
+        if self.type != "kl" and (self.slicing or self.tiling):
+            raise ValueError("slicing and tiling are for type kl; shuffle has nothing to save: drop them")
         if (self.type == "kl") != (self.path is not None):
             raise ValueError(
                 "type kl needs path (a diffusers AutoencoderKL directory)"

@@ -246,6 +246,8 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False  # keep the optimizer's state in the CPU's memory; ZeRO 1 to 3
+    activation_checkpointing: bool = False  # compute the U-Net's activations again in the backward pass, to save memory
+    channels_last: bool = False  # lay the U-Net's activations out as NHWC, which tensor cores prefer
     ema: EmaConfig = EmaConfig()
     checkpoint_every: Positive = 200  # steps
     keep_checkpoints: Positive = 2  # the newest so many

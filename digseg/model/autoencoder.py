@@ -47,7 +47,8 @@ def build_autoencoder(config: AutoencoderConfig, pickled: bool = False) -> Autoe
     if config.type == "shuffle":
         return ShuffleAutoencoder(config.factor)
     assert config.path is not None  # the schema requires it
-    return KLAutoencoder(load_vae(config.path, "model.autoencoder.path", pickled))
+    vae = load_vae(config.path, "model.autoencoder.path", pickled)
+    return KLAutoencoder(vae, config.slicing, config.tiling)
 
 
 class ShuffleAutoencoder:
@@ -73,8 +74,12 @@ class ShuffleAutoencoder:
 class KLAutoencoder:
     """diffusers' AutoencoderKL (Stable Diffusion's VAE), frozen; the latent is the scaled posterior mean."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, slicing: bool = False, tiling: bool = False) -> None:
         self.vae = vae.requires_grad_(False).eval()
+        if slicing:
+            vae.enable_slicing()
+        if tiling:
+            vae.enable_tiling()
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.channels = int(vae.config.latent_channels)
         self._scale = float(vae.config.scaling_factor)
@@ -83,12 +88,14 @@ class KLAutoencoder:
     @cached_property
     def identity(self) -> dict[str, str]:
         config = {name: self.vae.config.get(name) for name in _ENCODER_CONFIG}
+        tiles = {"tiles": f"{self.vae.tile_sample_min_size} px"} if self.vae.use_tiling else {}
         return {
             "type": "kl",
             "factor": str(self.factor),
             "scaling factor": str(self._scale),
             "architecture": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
             "weights": sha256_of({k: v for k, v in self.vae.state_dict().items() if k.startswith(_ENCODER_WEIGHTS)}),
+            **tiles,
         }
 
     @torch.no_grad()

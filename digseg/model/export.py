@@ -152,9 +152,10 @@ def load_model(directory: Path) -> LoadedModel:
 
 
 def _autoencoder(directory: Path, card: ModelCard) -> Autoencoder:
-    if card.model.autoencoder.type == "shuffle":
-        return build_autoencoder(card.model.autoencoder)
-    return KLAutoencoder(load_vae(str(directory), str(directory)))
+    trained_with = card.model.autoencoder
+    if trained_with.type == "shuffle":
+        return build_autoencoder(trained_with)
+    return KLAutoencoder(load_vae(str(directory), str(directory)), trained_with.slicing, trained_with.tiling)
 
 
 def _text_encoder(directory: Path, card: ModelCard) -> TextEncoder:

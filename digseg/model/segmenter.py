@@ -51,6 +51,7 @@ class Segmenter(nn.Module):
         self.unet = unet
         self.pathway = pathway
         self.final_timestep = int(scheduler.config.num_train_timesteps) - 1  # pure noise
+        self.memory_format = torch.contiguous_format  # of the U-Net's activations
         self._pass: _Pass | None = None
         if not pathway.config.enabled:
             return
@@ -105,7 +106,7 @@ class Segmenter(nn.Module):
         else:
             mask_latents, timesteps = noisy.latents.to(image_latents.dtype), noisy.timesteps
         denoised: Tensor = self.unet(
-            torch.cat([image_latents, mask_latents], dim=1),
+            torch.cat([image_latents, mask_latents], dim=1).contiguous(memory_format=self.memory_format),
             timesteps,
             encoder_hidden_states=tokens,
             encoder_attention_mask=mask,

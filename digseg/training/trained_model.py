@@ -13,6 +13,7 @@ from torch import Tensor
 from digseg.config import Config
 from digseg.model.export import LoadedModel, export_model, model_card
 from digseg.model.segmenter import build_segmenter
+from digseg.model.switches import apply_switches
 from digseg.model.text import build_text_table, load_text_encoder
 from digseg.model.training_module import SegmenterLoss
 
@@ -28,6 +29,7 @@ class TrainedModel:
         self._table = build_text_table(names, self._encoder)
         self.segmenter = build_segmenter(config, self._encoder)
         self.segmenter.pathway.text_mean.copy_(self._table.mean)
+        apply_switches(self.segmenter, config.training)
         self._buffers = {name: buffer.clone() for name, buffer in _persistent_buffers(self.segmenter)}
 
     @property

@@ -1,26 +1,16 @@
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from small_world import small_config
+from two_tones import two_tone_batch
 
 from digseg.model import Segmenter, build_segmenter
 from digseg.model.palette import palette
 from digseg.model.training_module import SegmenterLoss, resolve_precision
-
-
-@dataclasses.dataclass
-class Batch:
-    images: torch.Tensor
-    labels: torch.Tensor
-    query_ids: torch.Tensor
-    colour_ids: torch.Tensor
-    class_weights: torch.Tensor
-    latents: torch.Tensor | None = None
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +91,7 @@ def test_every_weight_is_trained_whatever_is_switched_off(tmp_path: Path, settin
     segmenter = _with_pathway(tmp_path, **settings)
     config = small_config(tmp_path, training={"steps": 1, "precision": "fp32"})
     module = SegmenterLoss(segmenter, config, torch.randn(2, 384, generator=torch.Generator().manual_seed(0)))
-    module(_two_tone_batch(torch.Generator().manual_seed(1)))["loss"].backward()
+    module(two_tone_batch(torch.Generator().manual_seed(1)))["loss"].backward()
     assert [name for name, weight in module.named_parameters() if weight.grad is None] == []
 
 
@@ -126,13 +116,13 @@ def test_a_few_steps_learn_to_tell_two_colours_by_name(tmp_path: Path) -> None:
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        values = module(_two_tone_batch(random))
+        values = module(two_tone_batch(random))
         values["loss"].backward()
         optimizer.step()
         losses.append({name: value.item() for name, value in values.items()})
     for part in ("loss", "class_score", "feedback", "reconstruction"):
         assert losses[-1][part] < 0.5 * losses[0][part], part
-    batch = _two_tone_batch(random)
+    batch = two_tone_batch(random)
     mask = torch.ones(4, 2, dtype=torch.bool)
     with torch.no_grad():
         output = module.eval().segmenter(batch.images, text[batch.query_ids], mask, palette(8)[batch.colour_ids])
@@ -161,16 +151,3 @@ def _query(classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torc
     images = torch.rand(2, 3, 32, 48, generator=random) * 2 - 1
     text = torch.randn(2, classes, 384, generator=random)
     return images, text, torch.ones(2, classes, dtype=torch.bool), palette(8)[:classes].expand(2, classes, 3)
-
-
-def _two_tone_batch(random: torch.Generator) -> Batch:
-    """Dark and bright halves; slot of each name and its colour are drawn anew for every sample."""
-    dark = torch.zeros(4, 32, 32, dtype=torch.bool)
-    for row in dark:
-        row[:, : int(torch.randint(8, 24, (1,), generator=random))] = True
-    images = torch.where(dark, -0.6, 0.6).unsqueeze(1) + 0.1 * torch.randn(4, 3, 32, 32, generator=random)
-    swapped = torch.rand(4, generator=random) < 0.5
-    query_ids = torch.where(swapped[:, None], torch.tensor([1, 0]), torch.tensor([0, 1]))
-    labels = torch.where(dark ^ swapped[:, None, None], 0, 1)
-    colour_ids = torch.stack([torch.randperm(8, generator=random)[:2] for _ in range(4)])
-    return Batch(images, labels, query_ids, colour_ids, torch.ones(4, 2))
