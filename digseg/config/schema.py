@@ -230,6 +230,12 @@ class ValidationConfig(Section):
     pictures: NonNegative = 2  # so many of them are drawn, as image, ground truth and prediction
 
 
+class ProfileConfig(Section):
+    """Traces of the operators of single steps, in ``profile/`` of the run's directory."""
+
+    steps: list[Positive] = []  # the first is 1
+
+
 class TrainingConfig(Section):
     """The optimisation."""
 
@@ -252,12 +258,21 @@ class TrainingConfig(Section):
     checkpoint_every: Positive = 200  # steps
     keep_checkpoints: Positive = 2  # the newest so many
     keep_every: Positive | None = None  # steps; checkpoints at multiples of this are kept for good
+    keep_best: NonNegative = 1  # so many with the highest val/miou, of those saved at a step that was validated
+    export: Literal["last", "best"] = "last"  # the checkpoint whose model the run exports at its end
     guard: GuardConfig = GuardConfig()
     validation: ValidationConfig = ValidationConfig()
+    profile: ProfileConfig = ProfileConfig()
     log_every: Positive = 10  # steps
     log_samples: bool = False  # note the samples of each step in the run's directory, one file a process
     threads: Positive | None = None  # torch threads per process; None: the node's cores / its processes
     deepspeed: dict[str, Any] = {}  # merged into the derived DeepSpeed JSON
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Self:
+        if self.export == "best" and self.validation.every is None:
+            raise ValueError("export is best, but nothing is validated: set validation.every")
+        return self
 
     @model_validator(mode="after")
     def _offload_has_a_stage(self) -> Self:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mlflow.entities import Metric
+from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
 
 from digseg.registry.store import first_line
@@ -49,6 +49,7 @@ class Delivery:
         self._opened: Opened | None = None
         self._queue: list[Metric] = []
         self._folders: set[Path] = set()
+        self._tags: dict[str, str] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._give_up_at = float("inf")
@@ -68,13 +69,18 @@ class Delivery:
         with self._lock:
             self._folders.add(folder)
 
+    def tag(self, values: Mapping[str, str]) -> None:
+        """Have tags set, in place of former ones; returns at once."""
+        with self._lock:
+            self._tags.update(values)
+
     def close(self, timeout_s: float) -> bool:
         """Deliver what is queued, trying for at most `timeout_s`; whether all of it arrived."""
         self._give_up_at = time.monotonic() + timeout_s
         self._closing.set()
         self._thread.join(timeout_s)
         with self._lock:
-            return self._opened is not None and not self._queue and not self._folders
+            return self._opened is not None and not (self._queue or self._folders or self._tags)
 
     def _work(self) -> None:
         failing = False
@@ -107,7 +113,16 @@ class Delivery:
             self._opened.last_steps.update({metric.key: metric.step for metric in new})
             with self._lock:
                 del self._queue[: len(batch)]
+        self._set_tags(self._opened)
         self._attach_new_files(self._opened)
+
+    def _set_tags(self, opened: Opened) -> None:
+        with self._lock:
+            tags = dict(self._tags)
+        if tags:
+            opened.client.log_batch(opened.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        with self._lock:
+            self._tags = {name: value for name, value in self._tags.items() if tags.get(name) != value}
 
     def _attach_new_files(self, opened: Opened) -> None:
         with self._lock:

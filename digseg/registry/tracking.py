@@ -121,6 +121,11 @@ class MlflowRun:
         assert self._delivery is not None, "start() comes first"
         self._delivery.attach(folder)
 
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Have tags of the run set, in place of former ones; returns at once."""
+        assert self._delivery is not None, "start() comes first"
+        self._delivery.tag(values)
+
     def finish(self, status: RunStatus) -> None:
         """Write what is queued and close the run; where the store is away, note that both are still to be done."""
         delivered = self._delivery is None or self._delivery.close(_FINISH_TIMEOUT_S)
@@ -140,12 +145,13 @@ class MlflowRun:
             self._uri,
         )
 
-    def settle(self, lines: Iterable[Mapping[str, Any]], pictures: Path) -> bool:
+    def settle(self, lines: Iterable[Mapping[str, Any]], pictures: Path, tags: Mapping[str, str]) -> bool:
         """Deliver what the end of the run found waiting, if anything; whether the store has all of the run now.
 
         Args:
             lines: the run's `metrics.jsonl`.
             pictures: the folder of the run's pictures, if it has any.
+            tags: as the trainer set them last.
         """
         ended = _read_record(self._record_path).get("ended")
         try:
@@ -159,6 +165,7 @@ class MlflowRun:
                 self.metrics(line["step"], {name: value for name, value in line.items() if name != "step"})
             if pictures.is_dir():
                 self.pictures(pictures)
+            self.tags(tags)
             self.finish(ended)
         return "ended" not in _read_record(self._record_path)
 

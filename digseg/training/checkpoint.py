@@ -6,6 +6,7 @@
                               rank-00000.pt ...    every rank's averaged weights, unlogged losses, RNG
                               state.json           step, world size, ZeRO stage, configuration, data digests
                               manifest.json        size and sha256 of each file above
+    checkpoints/best.json                          which has the highest mIoU, where some were validated
     checkpoints/step-00000400.damaged/             found damaged when it was to be loaded; put aside
 
 All ranks see the same directory (a local disk on one machine, a shared file system on several).
@@ -18,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,13 @@ from typing import Any
 
 from digseg.console import say
 from digseg.errors import DigSegError
+from digseg.training.files import write_whole
 from digseg.training.world import World
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+BEST = "best.json"
+SCORE = "val/miou"
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial-"
 
@@ -49,7 +53,8 @@ class CheckpointStore:
 
     Args:
         keep: the newest so many are kept,
-        keep_every: and those of steps that are multiples of this.
+        keep_every: and those of steps that are multiples of this,
+        keep_best: and so many with the highest score: ``val/miou`` of the state's ``validation``.
         reached: told the name of each point that a save reaches, after what it names was done; a test of
             faults strikes there.
     """
@@ -60,9 +65,11 @@ class CheckpointStore:
         world: World,
         keep: int,
         keep_every: int | None = None,
+        keep_best: int = 0,
         reached: Callable[[str], None] = lambda point: None,
     ) -> None:
         self._root, self._world, self._keep, self._keep_every = root, world, keep, keep_every
+        self._keep_best = keep_best
         self._reached = reached
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Checkpoint:
@@ -115,6 +122,7 @@ class CheckpointStore:
         self._reached("published")
         _sync(self._root)
         self._reached("name synced")
+        self._note_best()
         self._remove_old(saved=manifest["step"])
 
     def newest_intact(self, until: int | None = None) -> Checkpoint | None:
@@ -125,7 +133,18 @@ class CheckpointStore:
         """
         (steps, *_) = self._world.gather(published_steps(self._root))
         steps = [step for step in steps if until is None or step <= until]
-        for step in reversed(steps):
+        intact = self._first_intact(reversed(steps))
+        if intact is None and steps and until is None and self._world.is_main:
+            say(f"no intact checkpoint is left in {self._root}: training starts from the beginning")
+        return intact
+
+    def best_intact(self) -> Checkpoint | None:
+        """The checkpoint with the highest score whose files all match their sums; None where none has a score."""
+        (ranking, *_) = self._world.gather(_ranking(self._root))
+        return self._first_intact(step for step, _ in ranking)
+
+    def _first_intact(self, steps: Iterable[int]) -> Checkpoint | None:
+        for step in steps:
             path = self._root / _name(step)
             problems = [problem for part in self._world.gather(self._problems(path)) for problem in part]
             if not problems:
@@ -134,10 +153,9 @@ class CheckpointStore:
                 aside = path.with_name(f"{path.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
+                self._note_best()
                 say(f"checkpoint {path.name} is damaged and put aside: {'; '.join(problems)}")
             self._world.barrier()
-        if steps and until is None and self._world.is_main:
-            say(f"no intact checkpoint is left in {self._root}: training starts from the beginning")
         return None
 
     def remove_after(self, step: int) -> None:
@@ -146,6 +164,7 @@ class CheckpointStore:
             for later in published_steps(self._root):
                 if later > step:
                     self._remove(self._root / _name(later))
+            self._note_best()
         self._world.barrier()
 
     @contextmanager
@@ -194,9 +213,19 @@ class CheckpointStore:
         return problems
 
     def _remove_old(self, saved: int) -> None:
+        best = {step for step, _ in _ranking(self._root)[: self._keep_best]}
         for step in published_steps(self._root)[: -self._keep]:
-            if step != saved and not (self._keep_every and step % self._keep_every == 0):
+            if step not in {saved, *best} and not (self._keep_every and step % self._keep_every == 0):
                 self._remove(self._root / _name(step))
+
+    def _note_best(self) -> None:
+        """Say in a file which checkpoint is the best, for people and tools; the states themselves decide."""
+        path = self._root / BEST
+        if ranking := _ranking(self._root):
+            step, figures = ranking[0]
+            write_whole(path, json.dumps({"step": step, "checkpoint": _name(step), **figures}, indent=1) + "\n")
+        else:
+            path.unlink(missing_ok=True)
 
     def _remove(self, path: Path) -> None:
         # By rename first: what is half removed must not look like a checkpoint.
@@ -213,6 +242,29 @@ def published_steps(root: Path) -> list[int]:
         return []
     matches = (_NAME.fullmatch(path.name) for path in root.iterdir())
     return sorted(int(match[1]) for match in matches if match)
+
+
+def _ranking(root: Path) -> list[tuple[int, dict[str, float]]]:
+    """Step and validation of the published checkpoints that have a score, the highest first, of equals the newest."""
+    scored = []
+    for step in published_steps(root):
+        try:
+            figures = json.loads((root / _name(step) / STATE).read_bytes()).get("validation", {})
+        except (OSError, ValueError):
+            continue  # damaged, as will be said when it is loaded
+        if SCORE in figures:
+            scored.append((step, figures))
+    return sorted(scored, key=lambda entry: (entry[1][SCORE], entry[0]), reverse=True)
+
+
+def best_checkpoint(root: Path) -> dict[str, Any]:
+    """What ``best.json`` says: ``step``, ``checkpoint`` (its name), and the figures of its validation; empty where no
+    checkpoint was validated."""
+    try:
+        found: dict[str, Any] = json.loads((root / BEST).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def published_state(root: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,23 @@ class Guard:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The running mean, for a checkpoint."""
-        return {"mean": self._mean, "good": self._good}
+        """The running mean and the verdicts that were not closed, for a checkpoint."""
+        return {"mean": self._mean, "good": self._good, "open": [list(noted) for noted in self._open]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a saved running mean; forgets what was not closed."""
-        self._mean, self._good = (state[name].to(self._world.device) for name in ("mean", "good"))
-        self._open = []
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the same rank of the same world."""
+        self._load(state, [keys for _, keys, _ in state["open"]])
+
+    def load_of_other_world(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with what the ranks of another world size saved; rank 0 takes the samples of all."""
+        samples = zip(*([keys for _, keys, _ in state["open"]] for state in states), strict=True)
+        self._load(states[0], [[key for keys in step for key in keys if self._world.is_main] for step in samples])
+
+    def _load(self, state: Mapping[str, Any], samples: Sequence[list[str]]) -> None:
+        device = self._world.device
+        self._mean, self._good = (state[name].to(device) for name in ("mean", "good"))
+        verdicts = zip(state["open"], samples, strict=True)
+        self._open = [(step, keys, bad.to(device)) for (step, _, bad), keys in verdicts]
 
 
 class SkippedSteps:

@@ -34,6 +34,9 @@ class RunLogger(Protocol):
     def pictures(self, folder: Path) -> None:
         """Attach the picture files of ``folder`` that the run does not have yet; returns at once."""
 
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags of the run, in place of former ones of the same name; returns at once."""
+
     def finish(self, status: RunStatus) -> None:
         """Close the run: ``finished`` once all steps are taken, ``stopped`` after a notice (it can be continued),
         ``failed`` when training raised."""
@@ -49,6 +52,9 @@ class NullLogger:
         pass
 
     def pictures(self, folder: Path) -> None:
+        pass
+
+    def tags(self, values: Mapping[str, str]) -> None:
         pass
 
     def finish(self, status: RunStatus) -> None:

@@ -7,6 +7,7 @@
                              metrics.jsonl    the loss curve
                              skipped.json     steps that are passed over because of their samples, if any
                              ledger.json      where the time went
+                             profile/         traces of the steps of training.profile, if any
                              validation/      pictures of what was predicted while training, if it was validated
                              samples/         which samples each step took, where training.log_samples is set
                              stop             there while the workers are asked to save and end (under Ray)
@@ -32,7 +33,7 @@ from typing import Any
 from digseg.config import Config, dump_config
 from digseg.data.format import load_manifest
 from digseg.errors import DigSegError
-from digseg.training.checkpoint import published_state
+from digseg.training.checkpoint import SCORE, best_checkpoint, published_state
 from digseg.training.deepspeed_config import deepspeed_config
 from digseg.training.files import write_whole
 from digseg.training.logging import read_metrics
@@ -55,6 +56,7 @@ class TrainingResult:
     model_dir: str
     world_size: int
     zero_stage: int
+    attention_kernel: str = ""
 
 
 class RunDirectory:
@@ -68,6 +70,7 @@ class RunDirectory:
         self.skipped = self.path / "skipped.json"
         self.ledger = self.path / "ledger.json"
         self.validation = self.path / "validation"
+        self.profile = self.path / "profile"
         self.samples = self.path / "samples"
         self.stop = self.path / "stop"
         self.lock = self.path / "lock"
@@ -76,6 +79,14 @@ class RunDirectory:
     def submitted_at(self) -> float:
         """When the run was last submitted, by the lock's file (Unix time, s); now where nobody holds runs."""
         return self.lock.stat().st_mtime if self.lock.exists() else time.time()
+
+    def best_tags(self) -> dict[str, str]:
+        """Which checkpoint is the best, as tags of the run; none where none was validated."""
+        best = best_checkpoint(self.checkpoints)
+        if not best:
+            return {}
+        path = self.checkpoints / best["checkpoint"]
+        return {"best.checkpoint": str(path), "best.step": str(best["step"]), "best.miou": f"{best[SCORE]:.4f}"}
 
     def write_config(self, config: Config) -> None:
         """Make the directory and leave the resolved configuration in it."""
@@ -177,6 +188,24 @@ def check_layout(state: Mapping[str, Any], config: Config) -> None:
             f"run {config.run.name!r} in {config.run.storage}: the checkpoint of step {state['step']} was written "
             f"with ZeRO stage {saved} and cannot be turned into stage {stage}; continue with "
             f"training.zero_stage={saved}, or start anew under another run.name"
+        )
+
+
+def check_same_data(state: Mapping[str, Any], digests: Mapping[str, str], config: Config) -> None:
+    """Refuse to continue a checkpoint's run on other shards.
+
+    Args:
+        digests: of the manifests now, by ``corpus/split``.
+
+    Raises:
+        DigSegError: names the splits that changed.
+    """
+    changed = sorted(name for name, digest in digests.items() if state["datasets"].get(name) != digest)
+    if changed:
+        raise DigSegError(
+            f"the shards of {', '.join(changed)} in {config.data.root} changed since the checkpoint of step "
+            f"{state['step']} was written, so its place in the data means nothing now; choose another run.name, or "
+            "point data.root at the former shards"
         )
 
 

@@ -80,7 +80,8 @@ class TrainingState:
             else:
                 self._start_average()
         self.window.load_state_dict(state["window"])
-        self._restore_common(state)
+        self.guard.load_state_dict(state["guard"])
+        self.engine.load_state_dict(state["engine"])
         torch.set_rng_state(state["rng"])
 
     def _restore_other_world(self, states: list[dict[str, Any]]) -> None:
@@ -91,12 +92,8 @@ class TrainingState:
             else:
                 self._start_average()
         self.window.load_of_other_world([state["window"] for state in states])
-        self._restore_common(states[0])
-
-    def _restore_common(self, state: Mapping[str, Any]) -> None:
-        """What is the same on every rank."""
-        self.guard.load_state_dict(state["guard"])
-        self.engine.load_state_dict(state["engine"])
+        self.guard.load_of_other_world([state["guard"] for state in states])
+        self.engine.load_state_dict(states[0]["engine"])
 
     def _start_average(self) -> None:
         """A run may switch averaging on while it goes on: the average then starts from its weights."""

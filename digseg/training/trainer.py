@@ -24,11 +24,13 @@ from digseg.training.guard import BadStep, SkippedSteps, TooManyBadStepsError
 from digseg.training.ledger import Ledger
 from digseg.training.logging import MetricsFile, NullLogger, RunLogger, read_metrics
 from digseg.training.preemption import RunStoppedError, StopAgreement
+from digseg.training.profiling import StepProfiler
 from digseg.training.run import (
     RunDirectory,
     TrainingResult,
     check_continues,
     check_layout,
+    check_same_data,
     finished_result,
     summarise,
 )
@@ -37,6 +39,7 @@ from digseg.training.saving import BackgroundSaver
 from digseg.training.schedule import learning_rate
 from digseg.training.shares import gather_shares
 from digseg.training.state import TrainingState, saved_weights
+from digseg.training.throughput import Throughput
 from digseg.training.trained_model import TrainedModel
 from digseg.training.unreadable import UnreadableSamples
 from digseg.training.validation import Validation
@@ -102,7 +105,8 @@ class Trainer:
             if self._samples is not None:
                 self._samples.add(step, batch.keys)
             if step not in self._skipped:
-                losses = self.train_step(batch, step)
+                with self._profiler.step(step + 1):
+                    losses = self.train_step(batch, step)
                 self._state.window.add(losses, self.engine.was_bad(), data_wait_s)
                 self._unreadable.add(batch.corrupt)
             self._ledger.wait(data_wait_s)
@@ -156,13 +160,15 @@ class Trainer:
         attention = use_attention(segmenter.unet, config.model.attention, world.device)
         self._say(f"attention: {attention}")
         self._facts = {"device": world.device_name, "attention_kernel": attention.name}
+        self._throughput = self._measured() if world.is_main else None
         self.engine = Engine(self._model.with_loss(), config, world)
         self._state = TrainingState(self.engine, config.training, world)
+        self._profiler = StepProfiler(config.training.profile.steps, self.directory.profile, world)
         self._stop = StopAgreement(world)
         self._unreadable = UnreadableSamples(world, config.data.max_corrupt)
         if world.is_main:
             self.directory.write_config(config)
-        kept = config.training.keep_checkpoints, config.training.keep_every
+        kept = config.training.keep_checkpoints, config.training.keep_every, config.training.keep_best
         self._store = CheckpointStore(self.directory.checkpoints, world, *kept)
         self._validation: Validation | None = None
         if config.training.validation.every is not None:
@@ -170,9 +176,20 @@ class Trainer:
         self._saver = BackgroundSaver(CheckpointStore(self.directory.checkpoints, world.apart(), *kept))
         world.limit_waits(config.cluster.hang_timeout_s)
         self._restored: Checkpoint | None = None
+        self._best_tags: dict[str, str] = {}
+        self._validated: dict[int, dict[str, float]] = {}  # figures of the last validation, by its step
         self._samples = SampleLog(self.directory.samples, world) if config.training.log_samples else None
         self._skipped = SkippedSteps(self.directory.skipped)
         self._rollbacks = 0
+
+    def _measured(self) -> Throughput:
+        """What the model computes and the device can, which also become facts of the run."""
+        most = max(len(manifest.vocabulary) for manifest in self.data.manifests)
+        slots = min(most, self.config.data.queries.max_classes)
+        found = Throughput(self.config, self._model.text_dim, slots, self.world.device, self.world.world_size)
+        self._facts["gflops_per_image"] = f"{found.image_flops.training / 1e9:.3f}"
+        self._facts["peak_tflops"] = f"{found.peak_flops / 1e12:.3f}"
+        return found
 
     def _resume(self) -> int:
         """Restore the newest intact checkpoint; the number of steps already taken."""
@@ -180,7 +197,7 @@ class Trainer:
         step = 0
         if checkpoint is not None:
             check_continues(checkpoint.state, self.config)
-            self._check_same_data(checkpoint)
+            check_same_data(checkpoint.state, self._dataset_digests(), self.config)
             check_layout(checkpoint.state, self.config)
             step = self._restore(checkpoint)
             self._say(f"run {self.config.run.name!r} goes on after step {step}")
@@ -239,6 +256,7 @@ class Trainer:
             "datasets": self._dataset_digests(),
             "unreadable": self._unreadable.keys,
             "ledger": self._ledger.kept(),
+            "validation": self._validated.get(step, {}),
         }
         self._saver.start(step, self._state.snapshot(), state)
         self._state.window.leave_out(time.perf_counter() - began)
@@ -257,6 +275,7 @@ class Trainer:
             TooManyBadStepsError: see :meth:`digseg.training.guard.Guard.close`.
         """
         self._saver.check()
+        self._tell_best()
         self._tell(self._state.guard.close())
         if self._state.window.is_empty:  # all its steps are passed over
             return
@@ -264,6 +283,8 @@ class Trainer:
         figures["learning_rate"] = learning_rate(step - 1, self.config.training)
         figures["gradient_norm"] = self.engine.gradient_norm()
         figures["unreadable_samples"] = self._unreadable.share()
+        if self._throughput is not None:
+            figures |= self._throughput.figures(figures["images_per_second"])
         self._enter("productive")
         if self._validates(step):
             figures |= self._validate(step)
@@ -290,7 +311,15 @@ class Trainer:
             self.logger.pictures(self.directory.validation)
         self._state.window.leave_out(time.perf_counter() - began)
         self._enter("validation")
+        self._validated = {step: found.figures}
         return found.figures
+
+    def _tell_best(self) -> None:
+        """Tag the run with its best checkpoint, if that is another than before."""
+        tags = self.directory.best_tags() if self.world.is_main else {}
+        if tags != self._best_tags:
+            self._best_tags = tags
+            self.logger.tags(tags)
 
     def _tell(self, bad: Sequence[BadStep]) -> None:
         for one in bad:
@@ -300,22 +329,26 @@ class Trainer:
             )
 
     def _conclude(self) -> TrainingResult:
-        """Export the weights of the last checkpoint and write the result."""
+        """Export the weights of the last checkpoint, or the best, and write the result."""
         checkpoint = self._saver.wait() or self._restored
         assert checkpoint is not None
+        self._tell_best()
+        best = self._store.best_intact() if self.config.training.export == "best" else None
+        exported = best or checkpoint
         self._enter("checkpoint")
         if self.world.is_main:
-            self._export(checkpoint)
+            self._export(exported)
             first, last, rate = summarise(self.directory.metrics)
             result = TrainingResult(
                 steps=checkpoint.step,
                 first_loss=first,
                 last_loss=last,
                 images_per_second=rate,
-                checkpoint_dir=str(checkpoint.path),
+                checkpoint_dir=str(exported.path),
                 model_dir=str(self.directory.model),
                 world_size=self.world.world_size,
                 zero_stage=self.config.training.zero_stage,
+                attention_kernel=self._facts["attention_kernel"],
             )
             self.directory.write_result(result)
         self.world.barrier()
@@ -339,16 +372,6 @@ class Trainer:
 
     def _dataset_digests(self) -> dict[str, str]:
         return {f"{m.corpus}/{m.split}": m.digest for m in self.data.manifests}
-
-    def _check_same_data(self, checkpoint: Checkpoint) -> None:
-        before, now = checkpoint.state["datasets"], self._dataset_digests()
-        changed = sorted(name for name in now if before.get(name) != now[name])
-        if changed:
-            raise DigSegError(
-                f"the shards of {', '.join(changed)} in {self.config.data.root} changed since {checkpoint.path} "
-                "was written, so its place in the data means nothing now; choose another run.name, or "
-                "point data.root at the former shards"
-            )
 
     def _timed_batches(self, start: int) -> Iterator[tuple[Batch, float]]:
         """The batches of the steps that are left, each with the seconds it was waited for."""
@@ -376,6 +399,7 @@ class Trainer:
                 self.logger.metrics(figures.pop("step"), figures)
             if self.world.is_main and self.directory.validation.is_dir():
                 self.logger.pictures(self.directory.validation)
+            self._tell_best()
             yield
         except RunStoppedError as stopped:
             self._say(str(stopped))

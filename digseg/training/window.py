@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from digseg.training.throughput import StepClock
 from digseg.training.world import World
 
 _LEFT_OUT = "steps_left_out"
@@ -29,6 +30,7 @@ class MetricsWindow:
         self._device = device
         self._losses: dict[str, Tensor] = {}
         self._steps = 0
+        self._clock = StepClock(device)
         self._restart_clock()
 
     @property
@@ -46,11 +48,13 @@ class MetricsWindow:
             self._losses[name] = self._losses[name] + figure if name in self._losses else figure
         self._steps += 1
         self._timed_steps += 1
+        self._clock.step()
         self._data_wait_s += data_wait_s
 
     def leave_out(self, seconds: float) -> None:
         """Take time that was not training (a checkpoint) out of the window."""
         self._start += seconds
+        self._clock.start()
 
     def close(self, world: World, global_batch_size: int) -> dict[str, float]:
         """Mean losses over the window's steps and all ranks, and this rank's rates; starts a new window.
@@ -67,6 +71,7 @@ class MetricsWindow:
         figures["images_per_second"] = global_batch_size * self._timed_steps / elapsed_s
         figures["step_time_s"] = elapsed_s / self._timed_steps if self._timed_steps else 0.0
         figures["data_wait_share"] = self._data_wait_s / elapsed_s
+        figures |= self._clock.percentiles()
         self._losses, self._steps = {}, 0
         self._restart_clock()
         return figures
@@ -90,5 +95,6 @@ class MetricsWindow:
 
     def _restart_clock(self) -> None:
         self._start = time.perf_counter()
+        self._clock.start()
         self._timed_steps = 0
         self._data_wait_s = 0.0

@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 STEPS = 60
-_TIMES = ("images_per_second", "step_time_s", "data_wait_share", "goodput", "ledger.")
+_TIMES = ("images_per_second", "step_time_", "data_wait_share", "tflops", "mfu", "memory_gb", "goodput", "ledger.")
 
 
 @pytest.fixture(scope="module")

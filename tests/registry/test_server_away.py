@@ -99,12 +99,15 @@ def test_nothing_is_lost_and_nobody_waits_while_the_server_is_away(
     pictures.mkdir()
     (pictures / "step-00000500.png").write_bytes(b"PNG")
     last.pictures(pictures)
+    tags = {"best.step": "500"}
+    last.tags(tags)
     last.finish("finished")
     assert "the same command again delivers them" in caplog.text
-    assert not MlflowRun(config).settle(lines, pictures)
+    assert not MlflowRun(config).settle(lines, pictures, tags)
     server.start()
-    assert MlflowRun(config).settle(lines, pictures)
+    assert MlflowRun(config).settle(lines, pictures, tags)
     assert [item.path for item in client.list_artifacts(run_id, "validation")] == ["validation/step-00000500.png"]
+    assert client.get_run(run_id).data.tags["best.step"] == "500"
     assert _steps(client, run_id) == list(range(1, 520))
     assert client.get_run(run_id).info.status == "FINISHED"
     assert MlflowRun(config).run_id == run_id
@@ -122,7 +125,7 @@ def test_a_server_that_answers_but_fails_counts_as_away(
         record = tmp_path / "runs" / config.run.name / tracking.RECORD_NAME
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"run_id": "known", "tracking_uri": uri}))
-        assert not MlflowRun(config).settle([], tmp_path / "validation")
+        assert not MlflowRun(config).settle([], tmp_path / "validation", {})
         run = _started(config)
         assert "the run goes on, and what it logs is delivered later" in caplog.text
         run.finish("finished")

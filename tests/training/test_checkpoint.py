@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from digseg.errors import DigSegError
-from digseg.training.checkpoint import CheckpointStore, published_state, published_steps
+from digseg.training.checkpoint import CheckpointStore, best_checkpoint, published_state, published_steps
 from digseg.training.saving import BackgroundSaver
 from digseg.training.world import World
 
@@ -136,7 +136,8 @@ def test_save_that_is_killed_at_any_point_leaves_an_intact_checkpoint(tmp_path: 
         store.save(20, _write, {})
         kept = [f"step-{step:08d}" for step in published_steps(root)]
         assert kept[-1] == "step-00000020", point
-        assert sorted(path.name for path in root.iterdir()) == kept, point
+        assert sorted(path.name for path in root.iterdir()) == ["best.json", *kept], point
+        assert best_checkpoint(root)["step"] == published_steps(root)[-2], point
 
 
 def test_only_the_newest_checkpoints_and_every_nth_step_are_kept(tmp_path: Path) -> None:
@@ -144,6 +145,27 @@ def test_only_the_newest_checkpoints_and_every_nth_step_are_kept(tmp_path: Path)
     for step in (1, 100, 150, 200, 201, 202, 100000000):
         store.save(step, _write, {})
     assert published_steps(tmp_path) == [100, 200, 202, 100000000]
+
+
+def test_best_checkpoints_are_kept_noted_and_found_while_they_are_intact(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, World(), keep=1, keep_best=2)
+    assert store.best_intact() is None
+    for step, score in ((1, 0.5), (2, 0.8), (3, None), (4, 0.6), (5, 0.8), (6, 0.1), (7, None)):
+        validation = {} if score is None else {"val/miou": score, "val/miou/squares": score}
+        store.save(step, _write, {"validation": validation})
+    assert published_steps(tmp_path) == [2, 5, 7]
+    best = store.best_intact()
+    assert best is not None
+    assert best.step == 5  # of two as good the newer
+    expected = {"step": 5, "checkpoint": "step-00000005", "val/miou": 0.8, "val/miou/squares": 0.8}
+    assert best_checkpoint(tmp_path) == expected
+    _flip(tmp_path / "step-00000005/rank-00000.pt")
+    best = store.best_intact()
+    assert best is not None
+    assert best.step == best_checkpoint(tmp_path)["step"] == 2
+    store.remove_after(1)
+    assert best_checkpoint(tmp_path) == {}
+    assert list(tmp_path.glob("*.json")) == []
 
 
 def test_checkpoints_after_the_one_gone_back_to_are_removed_and_the_one_just_saved_is_kept(tmp_path: Path) -> None:
@@ -190,9 +212,9 @@ def _write(directory: Path) -> None:
 def _save_over_two(root: Path, reached: Callable[[str], None]) -> None:
     """Checkpoints 5 and 10, then 15 for the second time: all that a save can have to do."""
     for step in (5, 10, 15):
-        _store(root).save(step, _write, {"attempt": 1})
+        _store(root).save(step, _write, {"attempt": 1, "validation": {"val/miou": 0.01 * step}})
     with BackgroundSaver(CheckpointStore(root, World(), 2, reached=reached)) as saver:  # as training saves
-        saver.start(15, _write, {"attempt": 2})
+        saver.start(15, _write, {"attempt": 2, "validation": {"val/miou": 0.15}})
 
 
 def _save_over_two_until_killed(root: Path, number: int) -> None:

@@ -9,19 +9,17 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import STEPS, loss_curve, run_config, train_until_killed
+from runs import STEPS, loss_curve, run_config, train_poisoned, train_until_killed
 from safetensors.torch import load_file
 from shard_writing import damage_samples
 from small_world import write_squares
 
 from digseg.config import Config
-from digseg.data.loader import Batch
 from digseg.errors import DigSegError
 from digseg.model.export import load_model
 from digseg.training.engine import Engine
@@ -38,7 +36,9 @@ class Recorder:
         self.calls: list[tuple[Any, ...]] = []
 
     def start(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str], facts: Mapping[str, str]) -> None:
-        assert facts == {"device": "cpu", "attention_kernel": "math"}
+        assert {"device": "cpu", "attention_kernel": "math"}.items() <= facts.items()
+        assert float(facts["gflops_per_image"]) > 0
+        assert float(facts["peak_tflops"]) > 0
         self.calls.append(("start", config["run"]["name"], dict(dataset_digests)))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -46,6 +46,9 @@ class Recorder:
 
     def pictures(self, folder: Path) -> None:
         self.calls.append(("pictures", folder.name))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self.calls.append(("tags", dict(values)))
 
     def finish(self, status: str) -> None:
         self.calls.append(("finish", status))
@@ -206,7 +209,7 @@ def test_logger_of_a_run_that_goes_on_gets_the_earlier_figures_first(folder: Pat
 def test_step_with_a_poisoned_sample_is_left_out_and_its_samples_are_named(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key = _train_poisoned(run_config(folder, "poisoned"), {4})
+    key = train_poisoned(run_config(folder, "poisoned"), {4})
     said = " ".join(capsys.readouterr().out.split())
     assert "step 5 was left out" in said
     assert key in said
@@ -221,7 +224,7 @@ def test_run_goes_back_to_before_several_bad_steps_and_passes_over_them(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = run_config(folder, "went-back")
-    key = _train_poisoned(config, {4, 5, 6})
+    key = train_poisoned(config, {4, 5, 6})
     assert "going back to step 3; steps 5 to 7 will be passed over" in " ".join(capsys.readouterr().out.split())
     skipped = json.loads((folder / "runs/went-back/skipped.json").read_text())
     assert [entry["step"] for entry in skipped] == [4, 5, 6]
@@ -231,14 +234,30 @@ def test_run_goes_back_to_before_several_bad_steps_and_passes_over_them(
     assert finished_result(config) is not None
 
 
+def test_verdict_on_a_step_before_the_checkpoint_is_not_lost_with_the_process(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 9, "guard": {"bad_steps": 2}}
+    train_poisoned(run_config(folder, "two-bad", **settings), {4, 6})
+    killed = run_config(folder, "two-bad-killed", **settings)
+    train_until_killed(killed, 6, poisoned={4})
+    capsys.readouterr()
+    train_poisoned(killed, {4, 6})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "goes on after step 6" in said
+    assert "step 5 was left out" in said
+    assert "going back to step 4; steps 5 to 7 will be passed over" in said
+    assert loss_curve(folder, "two-bad-killed") == loss_curve(folder, "two-bad")
+
+
 def test_run_whose_samples_are_all_bad_ends_with_an_explanation(folder: Path) -> None:
     recorder = Recorder()
     with pytest.raises(DigSegError, match=r"1 steps from 1 to 1 .*there is no checkpoint from before"):
-        _train_poisoned(run_config(folder, "spoiled"), set(range(STEPS)), recorder)
+        train_poisoned(run_config(folder, "spoiled"), set(range(STEPS)), recorder)
     assert recorder.calls[-1] == ("finish", "failed")
     limited = run_config(folder, "limited", log_every=1, checkpoint_every=1, guard={"max_rollbacks": 2})
     with pytest.raises(DigSegError, match=r"going back 2 times was in vain; lower training\.learning_rate .*squares/"):
-        _train_poisoned(limited, {3, 4, 5})
+        train_poisoned(limited, {3, 4, 5})
 
 
 def test_loss_far_above_its_mean_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,21 +377,3 @@ def test_run_without_averaging_exports_its_weights(folder: Path) -> None:
     exported = load_file(Path(result.model_dir) / "unet/diffusion_pytorch_model.safetensors")
     for name, weight in exported.items():
         assert torch.equal(weight, state["module"][f"segmenter.unet.{name}"])
-
-
-def _train_poisoned(config: Config, steps: set[int], logger: Recorder | None = None) -> str:
-    """Train on batches whose last sample has no finite loss at these steps; the key of the first of them."""
-    trainer = Trainer(config, World(), logger)
-    train_step, keys = trainer.train_step, {}
-
-    def poisoned_step(batch: Batch, step: int) -> dict[str, torch.Tensor]:
-        if step in steps:
-            keys[step] = batch.keys[-1]
-            weights = batch.class_weights.clone()
-            weights[-1] = math.nan
-            batch = replace(batch, class_weights=weights)
-        return train_step(batch, step)
-
-    trainer.train_step = poisoned_step  # type: ignore[method-assign]
-    trainer.train()
-    return keys[min(steps)]

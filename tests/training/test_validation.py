@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from ranks import run_ranks
 from runs import STEPS, loss_curve, run_config, train_until_killed
+from safetensors.torch import load_file
 from shard_writing import damage_samples
 from small_world import VOCABULARY, write_squares
 
@@ -23,6 +26,7 @@ from digseg.evaluation.evaluate import Question, count_samples
 from digseg.evaluation.inference import Predictor
 from digseg.evaluation.metrics import ConfusionMatrix
 from digseg.registry.tracking import MlflowRun
+from digseg.training.checkpoint import best_checkpoint, published_steps
 from digseg.training.engine import Engine
 from digseg.training.logging import read_metrics
 from digseg.training.run import RunDirectory, check_run, finished_result
@@ -42,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     write_squares(folder / "shards", "train", 10)
     write_squares(folder / "shards", "val", SAMPLES, seed=1)
-    Trainer(run_config(folder, "plain"), World()).train()
+    Trainer(run_config(folder, "plain", checkpoint_every=4), World()).train()
     Trainer(_config(folder, "validated"), World()).train()
     return folder
 
@@ -67,6 +71,30 @@ def test_figures_are_those_of_an_evaluation_of_the_exported_model(folder: Path) 
     last = loss_curve(folder, "validated")[-1]
     assert last["step"] == STEPS
     assert last["val/miou/squares"] == last["val/miou"] == expected
+
+
+def test_best_checkpoint_is_kept_told_and_exported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.2, 0.9, 0.4])
+    run = Validation.run
+
+    def scored(validation: Validation, weights: Mapping[str, torch.Tensor]) -> Validated:
+        return replace(run(validation, weights), figures={"val/miou": next(scores)})
+
+    monkeypatch.setattr(Validation, "run", scored)
+    config = _config(folder, "best", keep_checkpoints=1, export="best")
+    tracked = MlflowRun(config)
+    result = Trainer(config, World(), tracked).train()
+    checkpoints = RunDirectory(config).checkpoints
+    assert published_steps(checkpoints) == [8, 9]
+    assert best_checkpoint(checkpoints) == {"step": 8, "checkpoint": "step-00000008", "val/miou": 0.9}
+    assert (result.steps, Path(result.checkpoint_dir).name) == (STEPS, "step-00000008")
+    saved = torch.load(checkpoints / "step-00000008/rank-00000.pt", weights_only=True)["weights"]["shares"]
+    exported = load_file(Path(result.model_dir) / "unet/diffusion_pytorch_model.safetensors")
+    for name, weight in exported.items():
+        assert torch.equal(weight, saved[f"segmenter.unet.{name}"]["values"].view(weight.shape))
+    tags = MlflowClient(tracked.tracking_uri).get_run(tracked.run_id).data.tags
+    assert tags["best.checkpoint"] == str(checkpoints / "step-00000008")
+    assert (tags["best.step"], tags["best.miou"]) == ("8", "0.9000")
 
 
 def test_run_that_goes_on_validates_the_same_samples_with_the_same_result(folder: Path) -> None:
@@ -141,8 +169,10 @@ def test_weights_are_held_only_while_they_are_validated(folder: Path) -> None:
 
 
 def test_corpora_to_validate_on_must_be_named_and_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"validation\.every is 4, but evaluation\.corpora is empty"):
-        run_config(tmp_path, "unnamed", validation={"every": 4})
+    with pytest.raises(ValueError, match=r"validation\.every is 3, but evaluation\.corpora is empty"):
+        run_config(tmp_path, "unnamed", validation={"every": 3})
+    with pytest.raises(ValueError, match="export is best, but nothing is validated"):
+        run_config(tmp_path, "unknown", export="best")
     write_squares(tmp_path / "shards", "train", 10)
     with pytest.raises(DigSegError, match=r"corpus .squares., split .val."):
         check_run(_config(tmp_path, "missing"), 1)
@@ -150,7 +180,7 @@ def test_corpora_to_validate_on_must_be_named_and_there(tmp_path: Path) -> None:
 
 def _config(folder: Path, name: str, samples: int = 100, pictures: int = 2, **training: Any) -> Config:
     validation = {"every": 4, "samples": samples, "pictures": pictures}
-    return run_config(folder, name, _CORPORA, validation=validation, **training)
+    return run_config(folder, name, _CORPORA, **{"validation": validation, "checkpoint_every": 4, **training})
 
 
 def _validate_sharded(world: World, folder: Path) -> None:
