@@ -13,20 +13,20 @@ import dataclasses
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from training_step import NAMES, SyntheticBatch
+from training_step import NAMES, random_batch
 
-from digseg.config import load_config
+from digseg.config import Config, load_config
 from digseg.console import say
-from digseg.model.autoencoder import KLAutoencoder
-from digseg.model.segmenter import Segmenter
-from digseg.model.text import load_text_encoder
+from digseg.data.loader import Batch
 from digseg.model.training_module import SegmenterLoss
+from digseg.training.trained_model import TrainedModel
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
@@ -41,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loss = _loss().to(device)
-    images = SyntheticBatch.draw(options.batch, options.resolution, device)
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(Path(folder), options.resolution)
+        loss = TrainedModel(config, NAMES).with_loss().to(device)
+    images = dataclasses.replace(random_batch(options.batch, config), latents=None).to(device)
     latents = dataclasses.replace(images, latents=loss.segmenter.autoencoder.encode(images.images).half())
     ways = {"images": _step(loss, images, device), "latents": _step(loss, latents, device)}
     for step in ways.values():
@@ -72,10 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(line)
 
 
-def _loss() -> SegmenterLoss:
-    config = load_config(CONFIG)
-    torch.manual_seed(config.run.seed)
-    encoder = load_text_encoder(config.model)
+def _config(folder: Path, resolution: int) -> Config:
+    """That of the demo with an autoencoder of Stable Diffusion's architecture, whose weights go into ``folder``."""
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -83,11 +83,12 @@ def _loss() -> SegmenterLoss:
         layers_per_block=2,
         latent_channels=4,
     )
-    segmenter = Segmenter(config.model, encoder.dim, KLAutoencoder(vae))
-    return SegmenterLoss(segmenter, config, torch.randn(NAMES, encoder.dim))
+    vae.save_pretrained(folder / "vae")
+    autoencoder = ["model.autoencoder.type=kl", f"model.autoencoder.path={folder / 'vae'}"]
+    return load_config(CONFIG, [*autoencoder, f"data.crop_size={resolution}"])
 
 
-def _step(loss: SegmenterLoss, batch: SyntheticBatch, device: torch.device) -> Callable[[], float]:
+def _step(loss: SegmenterLoss, batch: Batch, device: torch.device) -> Callable[[], float]:
     """A function that takes one step and returns its seconds."""
     optimizer = torch.optim.AdamW(loss.parameters(), fused=True)
 

@@ -1,98 +1,267 @@
-"""What DeepSpeed ZeRO costs a training step, against a bare PyTorch loop on the same batch and machine.
+"""What a training step costs, against two loops on the same machine.
 
-Both train the segmenter of ``configs/demo.yaml`` in one process: the baseline with AdamW and
-``clip_grad_norm_`` alone, the other through :class:`digseg.training.engine.Engine`, as a run does. They take
-turns, so that a machine that slows down slows both; the figures are medians of all timed steps, and the
-spread is that of the rounds' ratios.
+1. The *reference loop* follows the recipe that Marigold's trainer publishes: float32, ``torch.optim.Adam``, the
+   autoencoder encodes image and mask in every step, and ``loss.item()`` and a check for NaN on every micro-batch.
+   DigSeg trains the same U-Net on stored latents of the same images, with all that its trainer does. One process.
+   U-Net and autoencoder are stand-ins, whose operations stand in the ratio of Stable Diffusion 2's.
+2. The *bare loop* is PyTorch's DistributedDataParallel around DigSeg's own module, with the same precision, batch and
+   optimizer, gradients clipped, and nothing else; 2 processes. DigSeg adds DeepSpeed, the average of the weights, the
+   guard and logging. (Ray starts the processes and has no part in a step.)
+
+Both sides take turns, so that a machine that slows down slows both. Figures are medians of all timed steps; a spread
+is that of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from digseg.config import Config, load_config
 from digseg.console import say
-from digseg.model import build_segmenter
-from digseg.model.text import load_text_encoder
-from digseg.model.training_module import SegmenterLoss
+from digseg.data.loader import Batch
+from digseg.model.denoiser import build_unet
+from digseg.model.training_module import SegmenterLoss, resolve_precision
 from digseg.training.engine import Engine
+from digseg.training.flops import image_flops
+from digseg.training.logging import MetricsFile
+from digseg.training.state import TrainingState
+from digseg.training.trained_model import TrainedModel
 from digseg.training.world import World
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
-NAMES = 8  # classes a query
+NAMES = tuple(f"class {number}" for number in range(8))  # of a query
+# Operations of encoding one image and of a training step of the U-Net, in Stable Diffusion 2 at 256 px (10^12).
+SD2_ENCODING, SD2_STEP = 0.273, 0.539
+LEARNING_RATE = 1e-5  # nobody looks at the losses
 
 
 @dataclass(frozen=True)
-class SyntheticBatch:
-    """Random pixels and labels: what a step costs does not depend on them."""
+class Sides:
+    """Seconds of each step, round by round, of the loop compared with and of DigSeg."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    query_ids: torch.Tensor
-    colour_ids: torch.Tensor
-    class_weights: torch.Tensor
-    latents: torch.Tensor | None = None
+    other: list[list[float]]
+    digseg: list[list[float]]
 
-    @classmethod
-    def draw(cls, size: int, crop: int, device: torch.device) -> SyntheticBatch:
-        """``size`` samples of ``crop`` x ``crop`` pixels, asked for :data:`NAMES` classes each."""
-        rows = torch.arange(NAMES).expand(size, NAMES)
-        return cls(
-            images=(torch.rand(size, 3, crop, crop) * 2 - 1).to(device),
-            labels=torch.randint(0, NAMES, (size, crop, crop)).to(device),
-            query_ids=rows.to(device),
-            colour_ids=rows.to(device),
-            class_weights=torch.ones(size, NAMES, device=device),
-        )
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as many images a second DigSeg trains, round by round."""
+        pairs = zip(self.other, self.digseg, strict=True)
+        return [statistics.median(other) / statistics.median(own) for other, own in pairs]
+
+    def summary(self) -> dict[str, float]:
+        """Medians in seconds, their ratio, and the spread of the rounds' ratios."""
+        other, own = (statistics.median(t for times in side for t in times) for side in (self.other, self.digseg))
+        return {
+            "other_s": other,
+            "digseg_s": own,
+            "ratio": other / own,
+            "low": min(self.ratios),
+            "high": max(self.ratios),
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--batch", type=int, default=4, help="samples a step")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps a round, for each of the two")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8, help="samples a step in each process")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
+    parser.add_argument("--width", type=int, default=64, help="channels of the U-Net's first level (SD2: 320)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1, help="timed steps a round, for each side")
     parser.add_argument("--zero-stage", type=int, default=1, choices=(0, 1, 2, 3))
+    parser.add_argument("--json", type=Path, help="also write the result there")
     options = parser.parse_args(arguments)
-    overrides = [f"training.global_batch_size={options.batch}", f"training.zero_stage={options.zero_stage}"]
-    config = load_config(CONFIG, [*overrides, "cluster.backend=local", "cluster.workers=1"])
+    with tempfile.TemporaryDirectory() as folder:
+        result = _measured(options, Path(folder))
+    reference, bare = result["reference_loop"], result["bare_loop"]
+    say(f"{result['device']}, torch {torch.__version__}, {result['precision']}, {options.batch} images a process")
+    say(f"GFLOP an image: {result['step_gflops']:.1f} of a step, {result['encoding_gflops']:.1f} of encoding it")
+    for name, sides in (("reference loop, 1 process", reference), ("bare loop, 2 processes", bare)):
+        say(
+            f"{name}: {sides['other_s']:.2f} s a step, DigSeg {sides['digseg_s']:.2f} s: "
+            f"{sides['ratio']:.2f} x ({sides['low']:.2f} to {sides['high']:.2f} over {options.rounds} rounds)"
+        )
+    line = json.dumps(result)
+    if options.json:
+        options.json.write_text(line + "\n")
+    say(line)
+
+
+def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    config = _config(options, folder)
+    step = image_flops(config, 384, len(NAMES)).training
+    vae, encoding = _autoencoder(step * SD2_ENCODING / SD2_STEP, options.pixels)
+    against_reference = _against_reference(config, vae, options)
+    against_bare = _against_bare(config, options, folder)
+    return {
+        "ratio_vs_reference_loop": round(against_reference.summary()["ratio"], 3),
+        "ratio_vs_bare_loop": round(against_bare.summary()["ratio"], 3),
+        "reference_loop": against_reference.summary(),
+        "bare_loop": against_bare.summary(),
+        "step_gflops": step / 1e9,
+        "encoding_gflops": encoding / 1e9,
+        "precision": resolve_precision(config.training.precision, torch.device("cpu")),
+        "zero_stage": options.zero_stage,
+        "batch": options.batch,
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+    }
+
+
+def _config(options: argparse.Namespace, folder: Path) -> Config:
+    """A U-Net with the levels and layers of Stable Diffusion's, narrower, on latents of factor 8."""
+    width = options.width
+    return load_config(
+        CONFIG,
+        [
+            f"run.storage={folder}",
+            f"training.global_batch_size={options.batch}",
+            f"training.zero_stage={options.zero_stage}",
+            f"data.crop_size={options.pixels}",
+            "model.autoencoder.factor=8",
+            f"model.unet.block_out_channels=[{width},{2 * width},{4 * width},{4 * width}]",
+            "model.unet.attention=[true,true,true,false]",
+            "model.unet.layers_per_block=2",
+            "model.unet.num_heads=1",  # of 64 channels on the first level, as Stable Diffusion 2's
+            f"model.unet.cross_attention_dim={2 * width}",
+            "cluster.backend=local",
+            "cluster.workers=1",
+            "tracking.enabled=false",
+        ],
+    )
+
+
+def _autoencoder(flops: float, pixels: int) -> tuple[Any, int]:
+    """An autoencoder with the layers of Stable Diffusion's whose encoder needs about so many operations an image."""
+    encoders = {}
+    for width in range(4, 129, 4):
+        with torch.device("meta"):
+            vae = _vae(width)
+            with FlopCounterMode(display=False) as counter:
+                vae.encode(torch.empty(1, 3, pixels, pixels))
+        encoders[counter.get_total_flops()] = width
+        if counter.get_total_flops() > flops:
+            break
+    nearest = min(encoders, key=lambda total: abs(total - flops))
+    return _vae(encoders[nearest]).requires_grad_(False).eval(), nearest
+
+
+def _vae(width: int) -> Any:
+    return AutoencoderKL(
+        block_out_channels=(width, 2 * width, 4 * width, 4 * width),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+
+
+def _against_reference(config: Config, vae: Any, options: argparse.Namespace) -> Sides:
     torch.manual_seed(config.run.seed)
-    world = World.from_environment()
-    batch = SyntheticBatch.draw(options.batch, config.data.crop_size, world.device)
-
-    bare, engine = _bare_step(config, batch, world), _engine_step(config, batch, world)
-    for step in (bare, engine):
-        _timed(step, 2, world)
-    rounds = [(_timed(bare, options.steps, world), _timed(engine, options.steps, world)) for _ in range(options.rounds)]
-
-    baseline = statistics.median(second for times, _ in rounds for second in times)
-    measured = statistics.median(second for _, times in rounds for second in times)
-    ratios = [statistics.median(engine_times) / statistics.median(bare_times) for bare_times, engine_times in rounds]
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine() + " CPU"
-    say(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {options.batch}")
-    say(f"bare PyTorch loop     {baseline * 1e3:8.1f} ms/step")
-    say(f"DeepSpeed ZeRO-{options.zero_stage}      {measured * 1e3:8.1f} ms/step")
-    say(f"ratio {measured / baseline:.3f} (rounds {min(ratios):.3f} to {max(ratios):.3f})")
+    world = World()
+    batch = random_batch(options.batch, config)
+    reference, digseg = _reference_step(config, vae, batch), _digseg_step(config, batch, world)
+    return _taking_turns(reference, digseg, options)
 
 
-def _loss(config: Config, world: World) -> SegmenterLoss:
-    encoder = load_text_encoder(config.model)
-    return SegmenterLoss(build_segmenter(config, encoder), config, torch.randn(NAMES, encoder.dim)).to(world.device)
+def _reference_step(config: Config, vae: Any, batch: Batch) -> Callable[[], None]:
+    """One step of the published recipe: noise is predicted from [image latents, noisy mask latents]."""
+    unet = build_unet(config.model, 3 * config.model.autoencoder.factor**2)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=LEARNING_RATE)
+    signal = torch.linspace(0.99, 0.01, 1000)
+    tokens = torch.randn(1, len(NAMES), config.model.unet.cross_attention_dim)
+    masks = (batch.labels.float() / 4 - 1).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+    # The stand-in's latents have 4 channels, of which the U-Net takes as many as it has.
+    repeats = unet.config.out_channels // 4
+
+    def encoded(pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vae.encode(pixels).latent_dist.mean.repeat(1, repeats, 1, 1) * 0.18215
+
+    def step() -> None:
+        image, mask = encoded(batch.images), encoded(masks)
+        noise = torch.randn_like(mask)
+        timesteps = torch.randint(0, 1000, (len(mask),))
+        kept = signal[timesteps].view(-1, 1, 1, 1)
+        noisy = kept.sqrt() * mask + (1 - kept).sqrt() * noise
+        predicted = unet(
+            torch.cat([image, noisy], dim=1), timesteps, tokens.expand(len(mask), -1, -1), return_dict=False
+        )[0]
+        if torch.isnan(predicted).any():
+            raise RuntimeError("the reference loop predicts NaN")
+        loss = nn.functional.mse_loss(predicted, noise)
+        loss.backward()
+        loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
-def _bare_step(config: Config, batch: SyntheticBatch, world: World) -> Callable[[], None]:
-    module, training = _loss(config, world), config.training
+def _digseg_step(config: Config, batch: Batch, world: World) -> Callable[[], None]:
+    """One step as digseg.training.trainer takes it: engine, guard, average, and figures every `log_every` steps."""
+    engine = Engine(_module(config), config, world)
+    state = TrainingState(engine, config.training, world)
+    metrics = MetricsFile(Path(config.run.storage) / f"metrics-{world.rank}.jsonl")
+    taken = 0
+
+    def step() -> None:
+        nonlocal taken
+        losses = engine.forward_backward(batch)
+        engine.step(LEARNING_RATE, state.guard.judge(losses["loss"]))
+        state.guard.note(taken, batch.keys, engine.was_bad())
+        if state.average is not None:
+            state.average.update(engine.shares())
+        state.window.add(losses, engine.was_bad(), 0.0)
+        taken += 1
+        if taken % config.training.log_every == 0:
+            state.guard.close()
+            figures = state.window.close(world, config.training.global_batch_size)
+            metrics.append(taken, {**figures, "gradient_norm": engine.gradient_norm()})
+
+    return step
+
+
+def _against_bare(config: Config, options: argparse.Namespace, folder: Path) -> Sides:
+    mp.start_processes(_compare_in_rank, (config, options, folder), nprocs=2, start_method="spawn")
+    (sides,) = (json.loads(path.read_text()) for path in folder.glob("sides.json"))
+    return Sides(**sides)
+
+
+def _compare_in_rank(rank: int, config: Config, options: argparse.Namespace, folder: Path) -> None:
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    world = World(rank=rank, world_size=2, local_rank=rank, local_world_size=2)
+    torch.manual_seed(rank)
+    batch = random_batch(options.batch, config)
+    sides = _taking_turns(_bare_step(config, batch), _digseg_step(config, batch, world), options)
+    if world.is_main:
+        (folder / "sides.json").write_text(json.dumps({"other": sides.other, "digseg": sides.digseg}))
+    dist.destroy_process_group()
+
+
+def _bare_step(config: Config, batch: Batch) -> Callable[[], None]:
+    module, training = nn.parallel.DistributedDataParallel(_module(config)), config.training
     optimizer = torch.optim.AdamW(
         module.parameters(),
-        lr=training.learning_rate,
+        lr=LEARNING_RATE,
         betas=training.adam_betas,
         weight_decay=training.weight_decay,
         fused=True,
@@ -100,31 +269,48 @@ def _bare_step(config: Config, batch: SyntheticBatch, world: World) -> Callable[
 
     def step() -> None:
         module(batch)["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), training.gradient_clipping)
+        nn.utils.clip_grad_norm_(module.parameters(), training.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def _engine_step(config: Config, batch: SyntheticBatch, world: World) -> Callable[[], None]:
-    engine = Engine(_loss(config, world), config, world)
-
-    def step() -> None:
-        engine.forward_backward(batch)
-        engine.step(config.training.learning_rate)
-
-    return step
+def _module(config: Config) -> SegmenterLoss:
+    return TrainedModel(config, NAMES).with_loss()
 
 
-def _timed(step: Callable[[], None], times: int, world: World) -> list[float]:
+def random_batch(size: int, config: Config) -> Batch:
+    """Random pixels and labels with latents of a shuffle autoencoder: what a step costs does not depend on them."""
+    side = config.data.crop_size
+    factor = config.model.autoencoder.factor
+    rows = torch.arange(len(NAMES)).expand(size, len(NAMES))
+    return Batch(
+        images=torch.rand(size, 3, side, side) * 2 - 1,
+        labels=torch.randint(0, len(NAMES), (size, side, side)),
+        query_ids=rows,
+        colour_ids=rows,
+        class_weights=torch.ones(size, len(NAMES)),
+        positions=torch.arange(size),
+        latents=torch.randn(size, 3 * factor * factor, side // factor, side // factor),
+        keys=[f"{number}" for number in range(size)],
+        corrupt={},
+    )
+
+
+def _taking_turns(other: Callable[[], None], digseg: Callable[[], None], options: argparse.Namespace) -> Sides:
+    for step in (other, digseg):
+        _timed(step, 1)
+    rounds = [(_timed(other, options.steps), _timed(digseg, options.steps)) for _ in range(options.rounds)]
+    return Sides([times for times, _ in rounds], [times for _, times in rounds])
+
+
+def _timed(step: Callable[[], None], times: int) -> list[float]:
     """Seconds of each of ``times`` steps."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
         step()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
         seconds.append(time.perf_counter() - start)
     return seconds
 
