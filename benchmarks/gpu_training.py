@@ -152,7 +152,7 @@ def _measured(size: Size, rung: Rung, pixels: int, device: torch.device, steps: 
             step.take()
             _wait(device)
             result.seconds.append(time.perf_counter() - began)
-    except (torch.OutOfMemoryError, ImportError, ModuleNotFoundError, ValueError) as error:
+    except (RuntimeError, ImportError, ValueError) as error:  # no room, no such kernel, no compiler
         result.error = str(error).split("\n")[0]
         return result
     finally:
