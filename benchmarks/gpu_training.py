@@ -3,7 +3,7 @@
 The bottom rung is the recipe that published trainers of diffusion models for dense prediction use (Marigold's: float32,
 Adam, the autoencoder encodes image and mask at every step, the loss is read and checked for NaN at every step); each
 further rung adds one switch to those below it. Weights and data are random: what a step costs does not depend on them.
-Neither Ray nor DeepSpeed is needed, only torch and diffusers.
+Neither Ray nor DeepSpeed is needed.
 
 FLOPs are those of the U-Net's products, convolutions and attention, forward and backward, counted from its shapes;
 encoding and recomputation do not count. MFU is their rate over the device's bf16 peak (by data sheet; on other devices
@@ -28,9 +28,9 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from digseg.training.throughput import device_peak
+
 LATENT_CHANNELS, FACTOR, TOKENS = 4, 8, 77
-# Dense bf16 tensor-core peaks by data sheet, FLOP/s; the first whose name is part of the device's counts.
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("error: no CUDA device here; --size tiny --device cpu tries the script itself", file=sys.stderr)
         sys.exit(2)
     device = torch.device(options.device)
-    peak, source = _peak(device)
+    peak, source = device_peak("bf16" if device.type == "cuda" else "fp32", device)
     print(f"{_name(device)}, peak {peak / 1e12:.3g} TFLOP/s ({source}), torch {torch.__version__}", flush=True)
     results = []
     for pixels in options.pixels:
@@ -257,22 +257,6 @@ def _flops(size: Size, pixels: int) -> int:
         with FlopCounterMode(display=False) as counter:
             unet(inputs, torch.empty(1), tokens, return_dict=False)[0].sum().backward()
     return int(counter.get_total_flops())
-
-
-def _peak(device: torch.device) -> tuple[float, str]:
-    """FLOP/s in bf16, and where the figure is from."""
-    for name, peak in PEAKS.items():
-        if name in _name(device):
-            return peak, "data sheet"
-    length, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    matrix = torch.randn(length, length, device=device).to(dtype)
-    times = []
-    for _ in range(6):
-        began = time.perf_counter()
-        matrix @ matrix
-        _wait(device)
-        times.append(time.perf_counter() - began)
-    return 2 * length**3 / min(times), "measured by a matrix product"
 
 
 def _headline(results: Sequence[Result]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from digseg.errors import DigSegError, nearest
 from digseg.model.autoencoder import KLAutoencoder
 from digseg.training.deepspeed_config import deepspeed_config, micro_batches
 from digseg.training.flops import image_flops, loss_shapes, one_image
+from digseg.training.gpus import GPUS, Gpu
 
 _FLOAT = 4  # bytes
 # Of a tensor saved for the backward pass in float32, under autocast to 16 bits: inputs of products are saved as 16
@@ -26,27 +27,6 @@ _LOWERED = 0.75
 # What DeepSpeed collects at a time, in entries: gradients to reduce, and the parameters that ZeRO-3 keeps gathered.
 _REDUCE_BUCKET, _LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 CONTEXT_BYTES = 1.5 * 2**30  # CUDA's own, its libraries' and NCCL's, about
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """A kind of GPU: dense tensor-core peaks and memory by its data sheet."""
-
-    name: str
-    bf16_flops: float  # per second; fp16 is the same
-    tf32_flops: float
-    memory_bytes: float
-
-
-GPUS = {
-    "a10g": Gpu("NVIDIA A10G", 70e12, 35e12, 24e9),
-    "a100-40": Gpu("NVIDIA A100 40 GB", 312e12, 156e12, 40e9),
-    "a100": Gpu("NVIDIA A100 80 GB", 312e12, 156e12, 80e9),
-    "l40s": Gpu("NVIDIA L40S", 362e12, 183e12, 48e9),
-    "h100": Gpu("NVIDIA H100 SXM", 989e12, 494e12, 80e9),
-    "h200": Gpu("NVIDIA H200", 989e12, 494e12, 141e9),
-    "b200": Gpu("NVIDIA B200", 2250e12, 1125e12, 180e9),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +95,7 @@ def make_plan(config: Config, text_dim: int, gpu: str = "h100", mfu: float = 0.4
 
     Args:
         text_dim: entries of a class name's embedding.
-        gpu: a key of :data:`GPUS`.
+        gpu: a key of :data:`digseg.training.gpus.GPUS`.
         mfu: model FLOPs utilisation: the share of the peak that the model's own operations reach.
 
     Raises:

@@ -16,6 +16,7 @@ import torch
 from digseg.config import Config
 from digseg.model.training_module import resolve_precision
 from digseg.training.flops import ImageFlops, image_flops
+from digseg.training.gpus import known_gpu
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PRODUCTS = 6  # of matrices, of which the fastest counts
@@ -27,8 +28,6 @@ _counted: dict[str, ImageFlops] = {}  # by what decides it: a process may train 
 class Throughput:
     """Turns images/s into operations and their share of what the device can do.
 
-    The peak is that of a product of square matrices in the run's precision, measured here: a model cannot do better.
-
     Args:
         num_classes: slots of a query.
     """
@@ -36,7 +35,7 @@ class Throughput:
     def __init__(self, config: Config, text_dim: int, num_classes: int, device: torch.device, world_size: int) -> None:
         self._device, self._world_size = device, world_size
         self.image_flops = _flops(config, text_dim, num_classes)
-        self.peak_flops = measured_peak(resolve_precision(config.training.precision, device), device)
+        self.peak_flops, self.peak_source = device_peak(resolve_precision(config.training.precision, device), device)
 
     def figures(self, images_per_second: float) -> dict[str, float]:
         """``tflops`` of all processes (10^12 a second), ``mfu`` (their share of the peak of all devices: model FLOPs
@@ -88,6 +87,15 @@ class StepClock:
         return float(first.elapsed_time(second)) / 1e3
 
 
+def device_peak(precision: str, device: torch.device) -> tuple[float, str]:
+    """Operations a second that a device can do, and where the figure is from: ``data sheet`` for 16 bits on a GPU of
+    :data:`digseg.training.gpus.GPUS`, else ``measured``, see :func:`measured_peak`."""
+    gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None or precision == "fp32":
+        return measured_peak(precision, device), "measured"
+    return gpu.bf16_flops, "data sheet"
+
+
 def measured_peak(precision: str, device: torch.device) -> float:
     """Operations a second of the fastest of a few matrix products, with as many threads as this process trains with."""
     side = _SIDES.get(device.type, _SIDES["cpu"])
@@ -113,7 +121,7 @@ def throughput_summary(lines: Iterable[Mapping[str, Any]]) -> str:
     return (
         f"{figure['images_per_second']:.1f} images/s, {figure['step_time_p50_s']:.3f} s a step (95 %: "
         f"{figure['step_time_p95_s']:.3f} s), {figure['tflops']:.3f} TFLOP/s, {100 * figure['mfu']:.0f} % of the "
-        f"measured peak, {100 * figure['data_wait_share']:.0f} % waiting for data, {figure['memory_gb']:.1f} GB"
+        f"device's peak, {100 * figure['data_wait_share']:.0f} % waiting for data, {figure['memory_gb']:.1f} GB"
     )
 
 

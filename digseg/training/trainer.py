@@ -189,6 +189,7 @@ class Trainer:
         found = Throughput(self.config, self._model.text_dim, slots, self.world.device, self.world.world_size)
         self._facts["gflops_per_image"] = f"{found.image_flops.training / 1e9:.3f}"
         self._facts["peak_tflops"] = f"{found.peak_flops / 1e12:.3f}"
+        self._facts["peak_source"] = found.peak_source
         return found
 
     def _resume(self) -> int:

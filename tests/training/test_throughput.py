@@ -12,6 +12,7 @@ from small_world import VOCABULARY, write_squares
 
 from digseg.training import throughput
 from digseg.training.flops import image_flops
+from digseg.training.gpus import GPUS, known_gpu
 from digseg.training.logging import read_metrics
 from digseg.training.run import finished_result
 from digseg.training.throughput import StepClock, Throughput, measured_peak, throughput_summary
@@ -56,6 +57,23 @@ def test_share_of_the_peak_is_that_of_all_processes(tmp_path: Path, monkeypatch:
     assert found["tflops"] == pytest.approx(10 * counted / 1e12)
     assert found["mfu"] == pytest.approx(10 * counted / 2e9)
     assert 0.01 < found["memory_gb"] < 100
+
+
+@pytest.mark.parametrize(
+    ("driver_says", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", None),  # a slower card of the same name
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA A10", None),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_gpu_is_known_by_the_name_that_its_driver_gives(driver_says: str, kind: str | None) -> None:
+    assert known_gpu(driver_says) is (GPUS[kind] if kind else None)
 
 
 def test_measured_peak_is_more_than_the_same_products_reach_in_pieces() -> None:
