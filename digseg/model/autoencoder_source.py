@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from digseg.config import AutoencoderConfig
+from digseg.errors import DigSegError
 from digseg.model.card import is_export, read_card
 from digseg.model.pretrained import VAE, locate
 
@@ -23,4 +24,7 @@ def autoencoder_of(model: str) -> AutoencoderConfig:
         if trained_with.type == "shuffle":
             return trained_with
     source = str(directory) if directory.is_dir() else model
-    return AutoencoderConfig(type="kl", path=str(locate(source, VAE, "--model")))
+    try:
+        return AutoencoderConfig(type="kl", path=str(locate(source, VAE, "--model")))
+    except DigSegError as error:
+        raise DigSegError(f"{error}; or give an exported model of this project") from None
