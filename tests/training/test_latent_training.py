@@ -40,7 +40,8 @@ def encoded(folder: Path) -> dict[str, list[int]]:
     for run, found in calls.items():
 
         def counted(self: KLAutoencoder, images: torch.Tensor, found: list[int] = found) -> torch.Tensor:
-            found.append(len(images))
+            if not images.is_meta:  # as where operations are counted by shapes
+                found.append(len(images))
             return encode(self, images)
 
         with pytest.MonkeyPatch.context() as patched:

@@ -58,7 +58,7 @@ def test_memory_and_checkpoint_are_what_a_run_takes(tmp_path: Path, repository: 
     planned = memory_of_step(config, encoder.dim, batch.query_ids.shape[1], on_gpu=False)
     assert planned.total == pytest.approx(measured, rel=0.15)
 
-    state.save(tmp_path)
+    state.snapshot()(tmp_path)
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.pt"))
     assert checkpoint_bytes(config, num_parameters) == pytest.approx(written, rel=0.05)
     engine.close()
