@@ -28,8 +28,11 @@ lint: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+# All that needs no GPU.
+BENCHMARKS := $(filter-out benchmarks/shared.py benchmarks/gpu_training.py, $(wildcard benchmarks/*.py))
+
 bench: setup
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON) $$script || exit 1; done
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(PYTHON) $$script || exit 1; done
 
 clean:
 	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,7 +18,6 @@ time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -33,10 +32,10 @@ import numpy as np
 import psutil
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from shared import ROOT, add_json, report
 
 from digseg.console import progress, say
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 HEIGHT, WIDTH = 360, 480
 CLASSES = 11
 DRAWN = 40  # the others are these, shifted
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add_json(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder)
@@ -60,15 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rounds = [{side: _seconds(side, corpus, bar.advance) for side in SIDES} for _ in range(options.rounds)]
             memory = {side: _peak_memory_bytes(side, corpus, bar.advance) for side in SIDES}
     figures = _figures(options.images, rounds, memory)
-    if options.json:
-        options.json.write_text(json.dumps(figures) + "\n")
-    say(json.dumps(figures))
+    report(figures, options.json)
 
 
 def _start(side: str, corpus: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "benchmarks/preparation/sides.py"), side, str(corpus)],
-        env={**os.environ, **ALLOCATOR, **PRIORITY, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(ROOT / "benchmarks/preparation/sides.py"), side, str(corpus)],
+        env={**os.environ, **ALLOCATOR, **PRIORITY, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

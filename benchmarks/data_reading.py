@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import json
 import os
 import statistics
 import tempfile
@@ -38,6 +37,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from scipy.ndimage import gaussian_filter
+from shared import add_json, report
 from torch.utils.data import DataLoader, Dataset
 from webdataset.autodecode import imagehandler
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="loader processes of either side")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, default=20, help=f"timed batches of {BATCH} a round")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    add_json(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -131,10 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "raw_cost_ratio_1e6_vs_1e3": 1 / raw_grown["thousand"][1],
             "workers": options.workers,
         }
-    line = json.dumps({name: round(value, 3) for name, value in figures.items()})
-    if options.json:
-        options.json.write_text(line + "\n")
-    say(line)
+    report({name: round(value, 3) for name, value in figures.items()}, options.json)
 
 
 def _compared(sides: dict[str, Round], rounds: int, ours: str) -> dict[str, tuple[float, float]]:

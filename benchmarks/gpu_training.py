@@ -13,18 +13,17 @@ that of a large matrix product, measured).
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from shared import add_json, report
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="sd2")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-compile", action="store_true", help="leave that rung out, which takes minutes to begin")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    add_json(parser)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA device here; --size tiny --device cpu tries the script itself", file=sys.stderr)
@@ -114,10 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "results": [asdict(result) for result in results],
         **_headline(results),
     }
-    line = json.dumps(figures)
-    if options.json:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    report(figures, options.json)
 
 
 def _ladder(batch: int, batches: Sequence[int], compiled: bool) -> Iterator[Rung]:

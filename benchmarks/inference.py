@@ -12,21 +12,16 @@ per-class method go through the U-Net eight at a time.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Started as a file, Python looks for modules beside it, and there data_prep is another benchmark.
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import yaml
+from shared import ROOT, add_json, configured, report
 
-from digseg.config import Config, PredictionConfig, load_config
+from digseg.config import Config, PredictionConfig
 from digseg.console import say
 from digseg.data.corpus import Sample, ShardedCorpus
 from digseg.evaluation.classes import check_classes
@@ -38,7 +33,6 @@ from digseg.training.trainer import Trainer
 from digseg.training.world import World
 from launch.preparation import ensure_shards
 
-ROOT = Path(__file__).resolve().parent.parent
 PER_CLASS = PredictionConfig(classes_per_pass=1)
 
 
@@ -52,14 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=36, help="images that mIoU is measured on, at most")
     parser.add_argument("--timed", type=int, default=4, help="images that are timed")
     parser.add_argument("--repeats", type=int, default=7, help="of the timing")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    add_json(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="inference-") as folder:
         figures = _measure(Path(folder), options)
-    line = json.dumps(figures)
-    if options.json:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    report(figures, options.json)
 
 
 def _measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
@@ -135,7 +126,7 @@ def _config(folder: Path, options: argparse.Namespace) -> Config:
             "evaluation.held_out": "[]",
         }
         file = "demo.yaml"
-    return load_config(ROOT / "configs" / file, [f"{key}={value}" for key, value in settings.items()])
+    return configured(settings, file)
 
 
 def _trained(config: Config, name: str, max_classes: int) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import platform
 import statistics
 import tempfile
@@ -20,15 +19,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from shared import add_json, configured, report
 from training_step import NAMES, random_batch
 
-from digseg.config import Config, load_config
+from digseg.config import Config
 from digseg.console import say
 from digseg.data.loader import Batch
 from digseg.model.training_module import SegmenterLoss
 from digseg.training.trained_model import TrainedModel
-
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed steps a round, for each of the two")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    add_json(parser)
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -68,10 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ratio_latents_vs_images": ratio,
         "ratio_rounds": ratios,
     }
-    line = json.dumps(figures)
-    if options.json:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    report(figures, options.json)
 
 
 def _config(folder: Path, resolution: int) -> Config:
@@ -84,8 +79,13 @@ def _config(folder: Path, resolution: int) -> Config:
         latent_channels=4,
     )
     vae.save_pretrained(folder / "vae")
-    autoencoder = ["model.autoencoder.type=kl", f"model.autoencoder.path={folder / 'vae'}"]
-    return load_config(CONFIG, [*autoencoder, f"data.crop_size={resolution}"])
+    return configured(
+        {
+            "model.autoencoder.type": "kl",
+            "model.autoencoder.path": folder / "vae",
+            "data.crop_size": resolution,
+        }
+    )
 
 
 def _step(loss: SegmenterLoss, batch: Batch, device: torch.device) -> Callable[[], float]:

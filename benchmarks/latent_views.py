@@ -8,28 +8,22 @@ and views). Figures are mIoU on the validation splits, the mean over the corpora
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# Started as a file, Python looks for modules beside it, and there data_prep is another benchmark.
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from shared import add_json, configured, report
 
 from data_prep.encode_latents import Settings, encode_latents
 from digseg.cluster.evaluate import evaluate_models
 from digseg.cluster.runtime import ray_session
-from digseg.config import Config, load_config
+from digseg.config import Config
 from digseg.console import say
 from digseg.data.format import load_manifest
 from digseg.training.trainer import Trainer
 from digseg.training.world import World
 from launch.preparation import ensure_shards
-
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,14 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--crop", type=int, default=64, help="pixels a side of what is trained on")
     parser.add_argument("--views", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    add_json(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="latent-views-") as folder, ray_session():
         figures = _measure(Path(folder), options)
-    line = json.dumps(figures)
-    if options.json:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    report(figures, options.json)
 
 
 def _measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
@@ -94,7 +85,7 @@ def _config(folder: Path, options: argparse.Namespace) -> Config:
         "cluster.backend": "local",
         "tracking.enabled": "false",
     }
-    return load_config(CONFIG, [f"{key}={value}" for key, value in settings.items()])
+    return configured(settings)
 
 
 def _trained(base: Config, folder: Path, views: int, seed: int) -> Path:

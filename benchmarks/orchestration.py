@@ -26,12 +26,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from shared import ROOT, add_json, configured, report, small_run
 
-# Started as a file, Python looks for modules beside it, and there data_prep is another benchmark.
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from digseg.config import Config, dump_config, load_config
+from digseg.config import Config, dump_config
 from digseg.console import say
 from digseg.training.checkpoint import published_steps
 from digseg.training.logging import read_metrics
@@ -40,8 +37,6 @@ from launch.preparation import ensure_shards
 
 LIMIT_S = 900.0  # for a start on a machine that is busy with other things
 POLL_S = 0.02
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "demo.yaml"
 CHECKPOINT_EVERY = 20
 HANG_TIMEOUT_S = 20
 
@@ -52,15 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="of the run whose workers are killed")
     parser.add_argument("--kill-every", type=float, default=60.0, help="seconds")
     parser.add_argument("--starts", type=int, default=3, help="runs whose start is measured")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    add_json(parser)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no run is left behind
     with tempfile.TemporaryDirectory(prefix="orchestration-") as folder:
         figures = _measure(Path(folder), options)
-    line = json.dumps(figures)
-    if options.json:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    report(figures, options.json)
 
 
 def _measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
@@ -199,25 +191,16 @@ def _trains(process: psutil.Process) -> bool:
 
 def _config(folder: Path, name: str) -> Config:
     settings = {
-        "run.name": name,
-        "run.storage": folder / "runs",
-        "prepare.root": folder / "corpora",
-        "prepare.sample_corpora.images_per_domain": 20,
-        "prepare.sample_corpora.size": 64,
-        "data.root": folder / "shards",
+        **small_run(folder, name),
         "data.crop_size": 64,
         "data.short_side": 64,
-        "data.decoded_cache_mb": 64,
         "training.steps": 1_000_000,
         "training.checkpoint_every": CHECKPOINT_EVERY,
-        "training.log_samples": "true",
-        "training.threads": 1,
         "cluster.workers": 2,
         "cluster.max_failures": 1000,
         "cluster.hang_timeout_s": HANG_TIMEOUT_S,
-        "tracking.enabled": "false",
     }
-    return load_config(CONFIG, [f"{key}={value}" for key, value in settings.items()])
+    return configured(settings)
 
 
 if __name__ == "__main__":

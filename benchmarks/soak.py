@@ -27,11 +27,9 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# Started as a file, Python looks for modules beside it, and there data_prep is another benchmark.
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from shared import add_json, configured, report, small_run
 
-from digseg.config import Config, load_config
+from digseg.config import Config
 from digseg.console import say
 from digseg.errors import StoppedError
 from digseg.training.checkpoint import published_steps
@@ -40,7 +38,6 @@ from digseg.training.run import RunDirectory
 from digseg.training.sample_log import samples_of_steps
 from launch.preparation import ensure_shards
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 GLOBAL_BATCH, MICRO_BATCH = 12, 2
 LOG_EVERY = 10
 START_LIMIT_S = 600.0  # until the first step, on a machine that is busy with other things
@@ -55,15 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 3], help="to start anew with")
     parser.add_argument("--zero-stage", type=int, default=1, choices=(1, 2, 3))
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    add_json(parser)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ranks end with this process
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         figures = soak(Path(folder), options)
-    line = json.dumps(figures)
-    if options.json:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    report(figures, options.json)
     if figures["samples_lost"] or figures["samples_repeated"] or not figures["loss_within_tolerance"]:
         sys.exit(1)
 
@@ -250,15 +244,9 @@ def _damage(checkpoints: Path, chance: random.Random) -> str:
 def _config(folder: Path, name: str, zero_stage: int) -> Config:
     """A small model on small sample corpora; the learning rate does not depend on the number of steps."""
     settings = {
-        "run.name": name,
-        "run.storage": folder / "runs",
-        "prepare.root": folder / "corpora",
-        "prepare.sample_corpora.images_per_domain": 20,
-        "prepare.sample_corpora.size": 64,
-        "data.root": folder / "shards",
+        **small_run(folder, name),
         "data.crop_size": 32,
         "data.short_side": 48,
-        "data.decoded_cache_mb": 64,
         "model.unet.block_out_channels": [16, 16, 16, 32],
         "model.unet.norm_num_groups": 16,
         "training.steps": 1,
@@ -270,12 +258,9 @@ def _config(folder: Path, name: str, zero_stage: int) -> Config:
         "training.checkpoint_every": 20,
         "training.keep_checkpoints": 3,
         "training.log_every": LOG_EVERY,
-        "training.log_samples": "true",
-        "training.threads": 1,
         "cluster.backend": "local",
-        "tracking.enabled": "false",
     }
-    return load_config(CONFIG, [f"{key}={value}" for key, value in settings.items()])
+    return configured(settings)
 
 
 if __name__ == "__main__":

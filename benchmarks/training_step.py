@@ -30,10 +30,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from diffusers import AutoencoderKL
+from shared import add_json, configured, report
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from digseg.config import Config, load_config
+from digseg.config import Config
 from digseg.console import say
 from digseg.data.loader import Batch
 from digseg.model.denoiser import build_unet
@@ -45,7 +46,6 @@ from digseg.training.state import TrainingState
 from digseg.training.trained_model import TrainedModel
 from digseg.training.world import World
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 NAMES = tuple(f"class {number}" for number in range(8))  # of a query
 # Operations of encoding one image and of a training step of the U-Net, in Stable Diffusion 2 at 256 px (10^12).
 SD2_ENCODING, SD2_STEP = 0.273, 0.539
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="timed steps a round, for each side")
     parser.add_argument("--zero-stage", type=int, default=1, choices=(0, 1, 2, 3))
-    parser.add_argument("--json", type=Path, help="also write the result there")
+    add_json(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         result = _measured(options, Path(folder))
@@ -98,10 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{name}: {sides['other_s']:.2f} s a step, DigSeg {sides['digseg_s']:.2f} s: "
             f"{sides['ratio']:.2f} x ({sides['low']:.2f} to {sides['high']:.2f} over {options.rounds} rounds)"
         )
-    line = json.dumps(result)
-    if options.json:
-        options.json.write_text(line + "\n")
-    say(line)
+    report(result, options.json)
 
 
 def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -127,24 +124,22 @@ def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _config(options: argparse.Namespace, folder: Path) -> Config:
     """A U-Net with the levels and layers of Stable Diffusion's, narrower, on latents of factor 8."""
     width = options.width
-    return load_config(
-        CONFIG,
-        [
-            f"run.storage={folder}",
-            f"training.global_batch_size={options.batch}",
-            f"training.zero_stage={options.zero_stage}",
-            f"data.crop_size={options.pixels}",
-            "model.autoencoder.factor=8",
-            f"model.unet.block_out_channels=[{width},{2 * width},{4 * width},{4 * width}]",
-            "model.unet.attention=[true,true,true,false]",
-            "model.unet.layers_per_block=2",
-            "model.unet.num_heads=1",  # of 64 channels on the first level, as Stable Diffusion 2's
-            f"model.unet.cross_attention_dim={2 * width}",
-            "cluster.backend=local",
-            "cluster.workers=1",
-            "tracking.enabled=false",
-        ],
-    )
+    settings = {
+        "run.storage": folder,
+        "training.global_batch_size": options.batch,
+        "training.zero_stage": options.zero_stage,
+        "data.crop_size": options.pixels,
+        "model.autoencoder.factor": 8,
+        "model.unet.block_out_channels": f"[{width},{2 * width},{4 * width},{4 * width}]",
+        "model.unet.attention": "[true,true,true,false]",
+        "model.unet.layers_per_block": 2,
+        "model.unet.num_heads": 1,  # of 64 channels on the first level, as Stable Diffusion 2's
+        "model.unet.cross_attention_dim": 2 * width,
+        "cluster.backend": "local",
+        "cluster.workers": 1,
+        "tracking.enabled": "false",
+    }
+    return configured(settings)
 
 
 def _autoencoder(flops: float, pixels: int) -> tuple[Any, int]:
