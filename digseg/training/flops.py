@@ -15,6 +15,9 @@ from digseg.model.pretrained import VAE, model_shapes
 from digseg.model.segmenter import segmenter_shapes
 from digseg.model.training_module import SegmenterLoss
 
+# Group norms refuse a batch of one whose lowest level is one cell with one channel a group.
+COUNTED_IMAGES = 2
+
 
 @dataclass(frozen=True, slots=True)
 class ImageFlops:
@@ -36,12 +39,13 @@ def image_flops(config: Config, text_dim: int, num_classes: int) -> ImageFlops:
     """
     loss = loss_shapes(config, text_dim, num_classes)
     with torch.device("meta"):
-        batch = one_image(config, loss.segmenter.autoencoder, num_classes)
+        batch = counted_batch(config, loss.segmenter.autoencoder, num_classes)
     with FlopCounterMode(display=False) as forward:
         value = loss(batch)["loss"]
     with FlopCounterMode(display=False) as backward:
         value.backward()
-    return ImageFlops(forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops())
+    flops = forward.get_total_flops() // COUNTED_IMAGES
+    return ImageFlops(flops, flops + backward.get_total_flops() // COUNTED_IMAGES)
 
 
 def loss_shapes(config: Config, text_dim: int, num_classes: int) -> SegmenterLoss:
@@ -56,20 +60,20 @@ def loss_shapes(config: Config, text_dim: int, num_classes: int) -> SegmenterLos
     return SegmenterLoss(segmenter, counted, names).to("meta")
 
 
-def one_image(config: Config, autoencoder: Autoencoder, num_classes: int) -> Batch:
-    """A batch of one training crop without content, on the default device."""
-    side = config.data.crop_size
+def counted_batch(config: Config, autoencoder: Autoencoder, num_classes: int) -> Batch:
+    """A batch of :data:`COUNTED_IMAGES` training crops without content, on the default device."""
+    size, side = COUNTED_IMAGES, config.data.crop_size
     cells = side // autoencoder.factor
-    slots = torch.zeros(1, num_classes, dtype=torch.int64)
+    slots = torch.zeros(size, num_classes, dtype=torch.int64)
     return Batch(
-        images=torch.empty(1, 3, side, side),
-        labels=torch.zeros(1, side, side, dtype=torch.int64),
+        images=torch.empty(size, 3, side, side),
+        labels=torch.zeros(size, side, side, dtype=torch.int64),
         query_ids=slots,
         colour_ids=slots,
-        class_weights=torch.ones(1, num_classes),
-        positions=torch.zeros(1, dtype=torch.int64),
-        latents=None if config.data.latents is None else torch.empty(1, autoencoder.channels, cells, cells),
-        keys=[""],
+        class_weights=torch.ones(size, num_classes),
+        positions=torch.zeros(size, dtype=torch.int64),
+        latents=None if config.data.latents is None else torch.empty(size, autoencoder.channels, cells, cells),
+        keys=[""] * size,
         corrupt={},
     )
 

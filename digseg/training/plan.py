@@ -17,7 +17,7 @@ from digseg.data.format import Manifest, list_manifests
 from digseg.errors import DigSegError, nearest
 from digseg.model.autoencoder import KLAutoencoder
 from digseg.training.deepspeed_config import deepspeed_config, micro_batches
-from digseg.training.flops import image_flops, loss_shapes, one_image
+from digseg.training.flops import COUNTED_IMAGES, counted_batch, image_flops, loss_shapes
 from digseg.training.gpus import GPUS, Gpu
 
 _FLOAT = 4  # bytes
@@ -164,14 +164,14 @@ class _ModelSizes:
 
 
 def _model_sizes(config: Config, text_dim: int, num_classes: int) -> _ModelSizes:
-    """By a forward pass of one image on tensors that have no memory; the image's latents are given."""
+    """By a forward pass on tensors that have no memory; the images' latents are given."""
     loss = loss_shapes(config, text_dim, num_classes)
     autoencoder = loss.segmenter.autoencoder
     stored = config.model_copy(update={"data": config.data.model_copy(update={"latents": "given"})})
     # Fake tensors of a CPU: the meta device would save attention's products, which no fused kernel does.
     with FakeTensorMode(allow_non_fake_inputs=True):
         loss.to_empty(device="cpu")
-        batch = one_image(stored, autoencoder, num_classes)
+        batch = counted_batch(stored, autoencoder, num_classes)
         own = {parameter.untyped_storage()._cdata for parameter in loss.parameters()}
         saved: dict[int, torch.UntypedStorage] = {}
 
@@ -188,7 +188,7 @@ def _model_sizes(config: Config, text_dim: int, num_classes: int) -> _ModelSizes
     return _ModelSizes(
         trainable=sum(parameter.numel() for parameter in loss.parameters()),
         frozen=sum(parameter.numel() for parameter in frozen),
-        saved_bytes=sum(storage.nbytes() for storage in saved.values()),
+        saved_bytes=sum(storage.nbytes() for storage in saved.values()) // COUNTED_IMAGES,
         latent_bytes=2 * autoencoder.channels * cells * cells,
     )
 

@@ -15,6 +15,7 @@ from digseg.config import Config
 from digseg.model.segmenter import build_segmenter
 from digseg.model.training_module import SegmenterLoss
 from digseg.training.flops import ImageFlops, image_flops
+from digseg.training.plan import make_plan
 
 NAMES, TEXT_DIM = 3, 384
 
@@ -57,6 +58,18 @@ def test_encoding_counts_where_latents_are_not_stored(tmp_path: Path) -> None:
     stored = image_flops(Config.model_validate(values), TEXT_DIM, NAMES)
     encoding = _difference(image_flops(online, TEXT_DIM, NAMES), stored)
     assert encoding.forward == encoding.training > 0  # the autoencoder is frozen
+
+
+def test_lowest_level_of_one_cell_is_counted(tmp_path: Path) -> None:
+    unet = {
+        "block_out_channels": [16, 16, 16, 32], "attention": [False, False, False, True], "cross_attention_dim": 32,
+        "norm_num_groups": 16,
+    }  # fmt: skip
+    config = small_config(tmp_path, model={"unet": unet})  # 8 x 8 latents, halved three times
+    assert image_flops(config, TEXT_DIM, NAMES).forward > 0
+    plan = make_plan(config, TEXT_DIM)
+    assert 0 < plan.forward_flops < plan.training_flops
+    assert plan.memory[0].activations > 0
 
 
 def _products_of_layers(config: Config) -> tuple[int, int]:
