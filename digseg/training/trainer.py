@@ -102,9 +102,9 @@ class Trainer:
         config = self.config.training
         for batch, data_wait_s in self._timed_batches(step):
             self._stop.ask()
-            if self._samples is not None:
-                self._samples.add(step, batch.keys)
             if step not in self._skipped:
+                if self._samples is not None:
+                    self._samples.add(step, batch.keys)
                 with self._profiler.step(step + 1):
                     losses = self.train_step(batch, step)
                 self._state.window.add(losses, self.engine.was_bad(), data_wait_s)
@@ -178,9 +178,12 @@ class Trainer:
         self._restored: Checkpoint | None = None
         self._best_tags: dict[str, str] = {}
         self._validated: dict[int, dict[str, float]] = {}  # figures of the last validation, by its step
-        self._samples = SampleLog(self.directory.samples, world) if config.training.log_samples else None
+        self._samples = self._new_sample_log()
         self._skipped = SkippedSteps(self.directory.skipped)
         self._rollbacks = 0
+
+    def _new_sample_log(self) -> SampleLog | None:
+        return SampleLog(self.directory.samples, self.world) if self.config.training.log_samples else None
 
     def _measured(self) -> Throughput:
         """What the model computes and the device can, which also become facts of the run."""
@@ -241,6 +244,7 @@ class Trainer:
         self._ledger.lose(checkpoint.state.get("ledger", {}))
         self._skipped.add(bad, write=self.world.is_main)
         step = self._restore(checkpoint)
+        self._samples = self._new_sample_log()  # the steps that are taken again are another attempt
         self._store.remove_after(step)
         self._say(f"going back to step {step}; steps {first + 1} to {last + 1} will be passed over")
         self._enter("start_up")

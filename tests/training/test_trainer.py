@@ -25,6 +25,7 @@ from digseg.model.export import load_model
 from digseg.training.engine import Engine
 from digseg.training.logging import read_metrics
 from digseg.training.run import check_run, exclusive, finished_result
+from digseg.training.sample_log import samples_of_steps
 from digseg.training.trainer import Trainer
 from digseg.training.world import World
 
@@ -223,7 +224,7 @@ def test_step_with_a_poisoned_sample_is_left_out_and_its_samples_are_named(
 def test_run_goes_back_to_before_several_bad_steps_and_passes_over_them(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = run_config(folder, "went-back")
+    config = run_config(folder, "went-back", log_samples=True)
     key = train_poisoned(config, {4, 5, 6})
     assert "going back to step 3; steps 5 to 7 will be passed over" in " ".join(capsys.readouterr().out.split())
     skipped = json.loads((folder / "runs/went-back/skipped.json").read_text())
@@ -232,6 +233,12 @@ def test_run_goes_back_to_before_several_bad_steps_and_passes_over_them(
     lines = read_metrics(folder / "runs/went-back/metrics.jsonl")
     assert [(line["step"], line["steps_left_out"]) for line in lines] == [(1, 0), (4, 0), (8, 0), (9, 0)]
     assert finished_result(config) is not None
+    # Steps 4 to 8 were taken twice but for those that were passed over; an audit finds each once.
+    samples = folder / "runs/went-back/samples"
+    entries = [json.loads(line) for line in (samples / "rank-00000.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [*range(8), 3, 7, 8]
+    assert len({entry["attempt"] for entry in entries}) == 2
+    assert {step: len(keys) for step, keys in samples_of_steps(samples).items()} == dict.fromkeys(range(STEPS), 8)
 
 
 def test_verdict_on_a_step_before_the_checkpoint_is_not_lost_with_the_process(
