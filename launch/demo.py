@@ -22,6 +22,7 @@ from digseg.cluster.runtime import ray_session
 from digseg.config import Config, CorpusSplit, Gate, base_directory, load_config, load_section
 from digseg.console import say
 from digseg.data.corpus import ShardedCorpus
+from digseg.data.format import present_manifests
 from digseg.errors import DigSegError, run_main
 from digseg.evaluation.inference import Predictor
 from digseg.evaluation.picture import PictureRow, prediction_grid
@@ -34,7 +35,7 @@ from digseg.registry.store import tracking_uri
 from digseg.registry.tracking import MlflowRun, log_evaluation
 from digseg.training.run import TrainingResult, finished_result
 from launch.evaluate import KEPT, print_calibration, print_report
-from launch.preparation import ensure_shards, present_manifests
+from launch.preparation import ensure_shards
 from launch.train import run_backend
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -198,7 +199,7 @@ def _summary(
     picture: Path,
 ) -> dict[str, Any]:
     shards: dict[str, dict[str, Any]] = {}
-    for manifest in present_manifests(config):
+    for manifest in present_manifests(config.data.root):
         splits = shards.setdefault(manifest.corpus, {})
         splits[manifest.split] = {"samples": manifest.samples, "digest": manifest.digest}
     return {

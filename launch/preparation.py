@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from digseg.config import Config
-from digseg.data.format import Manifest, list_manifests
+from digseg.data.format import present_manifests
 from digseg.errors import DigSegError
 
 
@@ -20,7 +20,7 @@ def ensure_shards(config: Config) -> dict[str, float]:
         DigSegError: shards are missing and ``prepare.root`` does not say where the corpora lie.
     """
     seconds = {"corpora": 0.0, "shards": 0.0}
-    present = {(manifest.corpus, manifest.split) for manifest in present_manifests(config)}
+    present = {(manifest.corpus, manifest.split) for manifest in present_manifests(config.data.root)}
     missing = [
         (entry, split)
         for entry in config.prepare.corpora
@@ -49,13 +49,3 @@ def ensure_shards(config: Config) -> dict[str, float]:
         for entry, split in missing:
             shard_corpus(plan_split(entry.corpus, root / entry.dir, split, config.data.root))
     return {"corpora": drawn - start, "shards": time.monotonic() - drawn}
-
-
-def present_manifests(config: Config) -> list[Manifest]:
-    """The manifests below ``config.data.root``; none where nothing has been sharded yet."""
-    try:
-        return list_manifests(config.data.root)
-    except DigSegError:
-        if "://" not in config.data.root and any(Path(config.data.root).glob("*/*/manifest.json")):
-            raise  # something is there, but it is damaged
-        return []

@@ -232,8 +232,23 @@ def list_manifests(root: str | Path) -> list[Manifest]:
     """
     storage = Storage(root)
     with storage.reading():
-        paths = [f"{folder}/{MANIFEST_NAME}" for folder in split_folders(storage)]
-        return [parse_manifest(storage.read(path), storage.url(path)) for path in paths]
+        return _manifests_of(storage, split_folders(storage))
+
+
+def present_manifests(root: str | Path) -> list[Manifest]:
+    """:func:`list_manifests`, but none where nothing has been sharded yet.
+
+    Raises:
+        DigSegError: a manifest is damaged or cannot be read.
+    """
+    storage = Storage(root)
+    with storage.reading():
+        return _manifests_of(storage, _folders_with_manifest(storage))
+
+
+def _manifests_of(storage: Storage, folders: Sequence[str]) -> list[Manifest]:
+    paths = [f"{folder}/{MANIFEST_NAME}" for folder in folders]
+    return [parse_manifest(storage.read(path), storage.url(path)) for path in paths]
 
 
 def inner_folders(storage: Storage) -> list[str]:
@@ -247,10 +262,14 @@ def split_folders(storage: Storage) -> list[str]:
     Raises:
         DigSegError: there is none.
     """
-    found = [folder for folder in inner_folders(storage) if storage.size(f"{folder}/{MANIFEST_NAME}") is not None]
+    found = _folders_with_manifest(storage)
     if not found:
         raise DigSegError(f"no shards below {storage.root} (no */*/{MANIFEST_NAME}); {_HOW_TO_MAKE}")
     return found
+
+
+def _folders_with_manifest(storage: Storage) -> list[str]:
+    return [folder for folder in inner_folders(storage) if storage.size(f"{folder}/{MANIFEST_NAME}") is not None]
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:

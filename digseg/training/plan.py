@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from digseg.config import Config
-from digseg.data.format import Manifest, list_manifests
+from digseg.data.format import Manifest, present_manifests
 from digseg.errors import DigSegError, nearest
 from digseg.model.autoencoder import KLAutoencoder
 from digseg.training.deepspeed_config import deepspeed_config, micro_batches
@@ -99,7 +99,7 @@ def make_plan(config: Config, text_dim: int, gpu: str = "h100", mfu: float = 0.4
         mfu: model FLOPs utilisation: the share of the peak that the model's own operations reach.
 
     Raises:
-        DigSegError: no such GPU, an MFU that is none, or damaged shards.
+        DigSegError: no such GPU, an MFU that is none, or shards that are damaged or cannot be read.
     """
     if gpu not in GPUS:
         raise DigSegError(f"--plan-gpu: no figures of {gpu!r}{nearest(gpu, GPUS)}")
@@ -245,10 +245,7 @@ def _warnings(config: Config, plan: Plan) -> Iterator[str]:
 
 def _manifests(config: Config) -> Sequence[Manifest]:
     """Of the splits that are trained on; none where one of them is missing."""
-    try:
-        found = {(manifest.corpus, manifest.split): manifest for manifest in list_manifests(config.data.root)}
-    except DigSegError:
-        return []
+    found = {(manifest.corpus, manifest.split): manifest for manifest in present_manifests(config.data.root)}
     wanted = [(entry.name, entry.split) for entry in config.data.corpora]
     return [found[name] for name in wanted] if all(name in found for name in wanted) else []
 
