@@ -30,7 +30,6 @@ class MetricsWindow:
         self._device = device
         self._losses: dict[str, Tensor] = {}
         self._steps = 0
-        self._clock = StepClock(device)
         self._restart_clock()
 
     @property
@@ -95,6 +94,6 @@ class MetricsWindow:
 
     def _restart_clock(self) -> None:
         self._start = time.perf_counter()
-        self._clock.start()
+        self._clock = StepClock(self._device)
         self._timed_steps = 0
         self._data_wait_s = 0.0
