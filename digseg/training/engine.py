@@ -87,9 +87,11 @@ class Engine:
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        boundary = self._deepspeed.is_gradient_accumulation_boundary()
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            self._deepspeed.step()
+            return
         unwanted = skip = self._no if skip is None else skip
-        if boundary and self._stage == 0:
+        if self._stage == 0:
             self._norm = nn.utils.clip_grad_norm_(self._deepspeed.module.parameters(), self._clipping)
             skip = skip | ~torch.isfinite(self._norm)
         # What the fused AdamW reads of torch.amp.GradScaler: where it is 1, nothing is updated. An optimizer on the
@@ -97,8 +99,6 @@ class Engine:
         found_inf = skip.float().cpu() if self._offloaded else skip.float()
         self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self._deepspeed.step()
-        if not boundary:
-            return
         if self._stage > 0:  # which leave out a step themselves if its gradient is not finite
             self._norm = self._deepspeed.get_global_grad_norm()
         overflow = ~torch.isfinite(torch.as_tensor(self._norm, device=self._world.device))

@@ -317,6 +317,23 @@ def test_no_step_outside_the_logging_interval_waits_for_the_device(
     assert {name for step, name in reads.of_project if step < 8} <= {"tolist", "__float__"}
 
 
+def test_offloading_reads_one_verdict_a_step_on_the_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(folder, "offloaded", steps=3, zero_stage=1, checkpoint_every=3, offload_optimizer=True)
+    trainer = Trainer(config, World())
+    reads = HostReads(monkeypatch)
+    train_step = trainer.train_step
+
+    def counted(batch: Any, step: int) -> dict[str, torch.Tensor]:
+        reads.step = step + 1
+        losses = train_step(batch, step)
+        reads.step = 0
+        return losses
+
+    monkeypatch.setattr(trainer, "train_step", counted)
+    trainer.train()
+    assert reads.of_project == [(1, "cpu"), (2, "cpu"), (3, "cpu")]  # of two micro-batches each
+
+
 class HostReads:
     """Notes the calls by which digseg, in the thread that trains, hands a tensor's values to the host."""
 
