@@ -87,6 +87,7 @@ class StopAgreement:
 
     def ask(self) -> None:
         """Begin a step."""
+        self.answer()  # of a step that broke off, if need be: until then the memory belongs to its reduction
         self._value[0] = _given
         if self._group is not None:
             self._asked = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
