@@ -169,11 +169,12 @@ class Trainer:
         if world.is_main:
             self.directory.write_config(config)
         kept = config.training.keep_checkpoints, config.training.keep_every, config.training.keep_best
-        self._store = CheckpointStore(self.directory.checkpoints, world, *kept)
+        # Of a world of its own: it saves while training makes other collective calls.
+        self._store = CheckpointStore(self.directory.checkpoints, world.apart(), *kept)
         self._validation: Validation | None = None
         if config.training.validation.every is not None:
             self._validation = Validation(config, world, self._model.as_loaded())
-        self._saver = BackgroundSaver(CheckpointStore(self.directory.checkpoints, world.apart(), *kept))
+        self._saver = BackgroundSaver(self._store)
         world.limit_waits(config.cluster.hang_timeout_s)
         self._restored: Checkpoint | None = None
         self._best_tags: dict[str, str] = {}
