@@ -217,6 +217,7 @@ class CheckpointStore:
         for step in published_steps(self._root)[: -self._keep]:
             if step not in {saved, *best} and not (self._keep_every and step % self._keep_every == 0):
                 self._remove(self._root / _name(step))
+        self._note_best()  # without keep_best it may have gone
 
     def _note_best(self) -> None:
         """Say in a file which checkpoint is the best, for people and tools; the states themselves decide."""

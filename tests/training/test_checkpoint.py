@@ -168,6 +168,13 @@ def test_best_checkpoints_are_kept_noted_and_found_while_they_are_intact(tmp_pat
     assert list(tmp_path.glob("*.json")) == []
 
 
+def test_best_checkpoint_that_is_not_kept_is_not_noted(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, World(), keep=1)
+    for step, score in ((1, 0.5), (2, 0.4)):
+        store.save(step, _write, {"validation": {"val/miou": score}})
+    assert best_checkpoint(tmp_path)["step"] == 2
+
+
 def test_checkpoints_after_the_one_gone_back_to_are_removed_and_the_one_just_saved_is_kept(tmp_path: Path) -> None:
     store = _store(tmp_path)
     for step in (5, 10, 15):
