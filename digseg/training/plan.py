@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from digseg.config import Config
+from digseg.config import Config, TrainingConfig
 from digseg.data.format import Manifest, present_manifests
 from digseg.errors import DigSegError, nearest
 from digseg.model.autoencoder import KLAutoencoder
@@ -24,7 +24,8 @@ _FLOAT = 4  # bytes
 # Of a tensor saved for the backward pass in float32, under autocast to 16 bits: inputs of products are saved as 16
 # bits, those of norms and activations between them stay float32.
 _LOWERED = 0.75
-# What DeepSpeed collects at a time, in entries: gradients to reduce, and the parameters that ZeRO-3 keeps gathered.
+# What DeepSpeed collects at a time by itself, in entries: gradients that stage 0 reduces, and the parameters that
+# ZeRO-3 keeps gathered.
 _REDUCE_BUCKET, _LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 CONTEXT_BYTES = 1.5 * 2**30  # CUDA's own, its libraries' and NCCL's, about
 
@@ -132,7 +133,7 @@ def make_plan(config: Config, text_dim: int, gpu: str = "h100", mfu: float = 0.4
         global_batch_size=training.global_batch_size,
         images=images,
         checkpoint_bytes=checkpoint_bytes(config, model.trainable),
-        kept_checkpoints=training.keep_checkpoints + training.steps // (training.keep_every or training.steps + 1),
+        kept_checkpoints=_kept_checkpoints(training),
         latent_bytes=None if images is None or not model.frozen else images * model.latent_bytes,
         deepspeed=deepspeed_config(config, world_size, model.trainable, on_gpu=True),
         warnings=[],
@@ -153,6 +154,13 @@ def checkpoint_bytes(config: Config, num_parameters: int) -> float:
     of_zero = 1 if config.training.zero_stage else 0
     # Without averaging the weights themselves are written in its place.
     return _FLOAT * num_parameters * (of_the_module + of_zero + 2 + 1)
+
+
+def _kept_checkpoints(training: TrainingConfig) -> int:
+    """The most that are there at the end of a run."""
+    of_steps = training.steps // training.keep_every if training.keep_every else 0
+    best = training.keep_best if training.validation.every is not None else 0
+    return training.keep_checkpoints + of_steps + best
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +212,12 @@ def _memory(config: Config, model: _ModelSizes, stage: int, world_size: int, on_
         # The backward pass makes gradients as it frees activations; both are there only where gradients accumulate.
         activations = max(activations - gradients, 0.0)
     optimizer = 2 * size if stage == 0 else 3 * part
+    zero = deepspeed_config(config, world_size, model.trainable, on_gpu)["zero_optimization"]
     buffers = 0.0  # stage 0 on the CPU reduces gradients where they are
     if on_gpu or stage in (1, 2):
-        buffers = _FLOAT * min(model.trainable, _REDUCE_BUCKET)
+        buffers = _FLOAT * (zero["reduce_bucket_size"] if stage else min(model.trainable, _REDUCE_BUCKET))
     if stage == 3:
-        buffers += _FLOAT * min(model.trainable, _LIVE_PARAMETERS)
+        buffers += _FLOAT * min(model.trainable, zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS))
     return Memory(
         weights=size if stage < 3 else part,
         gradients=gradients,

@@ -99,6 +99,18 @@ def test_shards_give_epochs_and_the_size_of_queries(tmp_path: Path) -> None:
     assert plan.as_json()["memory"]["zero1"]["total"] == plan.memory[1].total
 
 
+def test_overrides_of_deepspeed_and_the_best_checkpoints_count(tmp_path: Path) -> None:
+    expert = {"zero_optimization": {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 500}}
+    plan = make_plan(small_config(tmp_path, training={"steps": 2, "deepspeed": expert}), TEXT_DIM)
+    assert (plan.memory[1].buffers, plan.memory[3].buffers) == (4000, 6000)
+    validated = small_config(
+        tmp_path,
+        training={"steps": 2, "keep_checkpoints": 2, "keep_best": 3, "validation": {"every": 1}},
+        evaluation={"corpora": [{"name": "squares", "split": "val"}]},
+    )
+    assert make_plan(validated, TEXT_DIM).kept_checkpoints == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"), [({"gpu": "h10"}, "--plan-gpu.*'h100'"), ({"mfu": 40.0}, "--plan-mfu: got 40")]
 )
