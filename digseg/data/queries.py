@@ -92,6 +92,16 @@ def class_frequencies(manifest: Manifest) -> npt.NDArray[np.float64]:
     return shares
 
 
+def largest_query(settings: QueriesConfig, manifests: Sequence[Manifest]) -> int:
+    """Slots of the largest query that a mixture may draw; the most that any may where nothing is known of it."""
+    names = name_table(manifests)
+    sizes = [
+        len(one.vocabulary) + min(settings.max_foreign, len(query_vocabulary(one, manifests, names).foreign_name_ids))
+        for one in manifests
+    ]
+    return min(settings.max_classes, max(sizes, default=settings.max_classes))
+
+
 def draw_query(
     vocabulary: QueryVocabulary,
     frequencies: npt.NDArray[np.float64],

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from digseg.config import Config, TrainingConfig
 from digseg.data.format import Manifest, present_manifests
+from digseg.data.queries import largest_query
 from digseg.errors import DigSegError, nearest
 from digseg.model.autoencoder import KLAutoencoder
 from digseg.training.deepspeed_config import deepspeed_config, micro_batches
@@ -108,7 +109,7 @@ def make_plan(config: Config, text_dim: int, gpu: str = "h100", mfu: float = 0.4
         raise DigSegError(f"--plan-mfu: got {mfu:g}; the share of the peak that is reached is above 0 and at most 1")
     training, world_size = config.training, config.world_sizes[-1]
     manifests = _manifests(config)
-    num_classes = _num_classes(config, manifests)
+    num_classes = largest_query(config.data.queries, manifests)
     model = _model_sizes(config, text_dim, num_classes)
     flops = image_flops(config, text_dim, num_classes)
     micro_batch_size, num_micro_batches = micro_batches(config, world_size)
@@ -257,12 +258,3 @@ def _manifests(config: Config) -> Sequence[Manifest]:
     found = {(manifest.corpus, manifest.split): manifest for manifest in present_manifests(config.data.root)}
     wanted = [(entry.name, entry.split) for entry in config.data.corpora]
     return [found[name] for name in wanted] if all(name in found for name in wanted) else []
-
-
-def _num_classes(config: Config, manifests: Sequence[Manifest]) -> int:
-    """Slots of the largest query."""
-    queries = config.data.queries
-    if not manifests:
-        return queries.max_classes
-    largest = max(len(manifest.vocabulary) for manifest in manifests) + queries.max_foreign
-    return min(queries.max_classes, largest)

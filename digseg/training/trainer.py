@@ -13,6 +13,7 @@ from torch import Tensor
 from digseg.config import Config
 from digseg.console import ProgressHandle, progress, say
 from digseg.data.loader import Batch, training_batches
+from digseg.data.queries import largest_query
 from digseg.data.training_data import TrainingData
 from digseg.errors import DigSegError
 from digseg.evaluation.picture import prediction_grid
@@ -188,8 +189,7 @@ class Trainer:
 
     def _measured(self) -> Throughput:
         """What the model computes and the device can, which also become facts of the run."""
-        most = max(len(manifest.vocabulary) for manifest in self.data.manifests)
-        slots = min(most, self.config.data.queries.max_classes)
+        slots = largest_query(self.config.data.queries, self.data.manifests)
         found = Throughput(self.config, self._model.text_dim, slots, self.world.device, self.world.world_size)
         self._facts["gflops_per_image"] = f"{found.image_flops.training / 1e9:.3f}"
         self._facts["peak_tflops"] = f"{found.peak_flops / 1e12:.3f}"
