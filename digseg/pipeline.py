@@ -66,7 +66,11 @@ class DiGSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         return cls(**model.components, model=model)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the model again, as training wrote it."""
+        """Write the model again, as training wrote it.
+
+        Raises:
+            DigSegError: the folder is there, and neither empty nor an exported model.
+        """
         save_model(Path(save_directory), self._model)
 
     def __call__(

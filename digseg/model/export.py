@@ -30,7 +30,7 @@ from digseg import __version__
 from digseg.config import Config
 from digseg.errors import DigSegError
 from digseg.model.autoencoder import Autoencoder, KLAutoencoder, build_autoencoder
-from digseg.model.card import FORMAT_VERSION, ModelCard, read_card, write_card
+from digseg.model.card import FORMAT_VERSION, ModelCard, is_export, read_card, write_card
 from digseg.model.palette import palette
 from digseg.model.pathway import Pathway
 from digseg.model.pretrained import SCHEDULER, UNET, VAE, Part, load_scheduler, load_unet, load_vae
@@ -86,6 +86,9 @@ def export_model(directory: Path, model: LoadedModel, weights: Mapping[str, Tens
     Args:
         model: its segmenter's own weights are not read (they may be partitioned).
         weights: of the segmenter, by the names of its parameters and buffers, on the CPU.
+
+    Raises:
+        DigSegError: as :func:`save_model` says.
     """
     segmenter = Segmenter(
         _with_weights(model.segmenter.unet, weights, "unet."),
@@ -97,8 +100,14 @@ def export_model(directory: Path, model: LoadedModel, weights: Mapping[str, Tens
 
 
 def save_model(directory: Path, model: LoadedModel) -> Path:
-    """Write a model; replaces ``directory``, by rename: a reader never sees half of it."""
-    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+    """Write a model; replaces ``directory``, by rename: a reader never sees half of it.
+
+    Raises:
+        DigSegError: ``directory`` is there, and neither empty nor an exported model, or it cannot be replaced.
+    """
+    target = directory.resolve()
+    _check_replaceable(target)
+    temporary, earlier = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     index: dict[str, Any] = {"_class_name": "DiGSegPipeline", "_diffusers_version": diffusers.__version__}
@@ -108,8 +117,12 @@ def save_model(directory: Path, model: LoadedModel) -> Path:
             component.save_pretrained(temporary / name)
     (temporary / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_card(temporary, model.card)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    # Moved first: a removal that is cut off would leave what is no exported model, and is never replaced.
+    if target.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        target.rename(earlier)
+    temporary.rename(target)
+    shutil.rmtree(earlier, ignore_errors=True)
     return directory
 
 
@@ -149,6 +162,15 @@ def load_model(directory: Path) -> LoadedModel:
     segmenter = Segmenter(unet, pathway, _autoencoder(directory, card), scheduler)
     segmenter.eval().requires_grad_(False)
     return LoadedModel(segmenter, card, text_encoder)
+
+
+def _check_replaceable(directory: Path) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir() or (not is_export(directory) and any(directory.iterdir())):
+        raise DigSegError(f"{directory} holds something that is no exported model; name a new or empty folder")
+    if Path.cwd().is_relative_to(directory):
+        raise DigSegError(f"{directory} is the current folder or holds it, and would be replaced; name another folder")
 
 
 def _autoencoder(directory: Path, card: ModelCard) -> Autoencoder:

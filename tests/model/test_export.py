@@ -11,7 +11,7 @@ from small_world import VOCABULARY, export_random_model, small_config
 from digseg.errors import DigSegError
 from digseg.model import build_segmenter
 from digseg.model.card import read_card
-from digseg.model.export import load_model
+from digseg.model.export import load_model, save_model
 
 
 @pytest.fixture
@@ -30,6 +30,29 @@ def test_a_loaded_model_has_the_exported_weights_and_card(exported: Path, tmp_pa
     assert model.card.short_side == config.data.short_side
     assert model.card.metadata == {"step": 0}
     assert not model.segmenter.training
+
+
+def test_only_an_empty_folder_or_an_exported_model_is_replaced(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(exported)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_model(folder, model)
+    (folder / "README.md").write_text("an earlier page")
+    save_model(folder, model)
+    assert (folder / "README.md").read_bytes() == (exported / "README.md").read_bytes()
+    monkeypatch.chdir(folder)
+    for replaced in (folder, Path()):
+        with pytest.raises(DigSegError, match="folder is the current folder or holds it"):
+            save_model(replaced, model)
+    (folder / "digseg.json").unlink()
+    (tmp_path / "file").write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    for kept in (folder, Path(), tmp_path, Path(".."), tmp_path / "file"):
+        with pytest.raises(DigSegError, match="holds something that is no exported model; name a new or empty folder"):
+            save_model(kept, model)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_unet_is_a_plain_diffusers_directory(exported: Path) -> None:
