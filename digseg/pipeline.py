@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
@@ -27,7 +28,7 @@ class DiGSegPipeline(DiffusionPipeline):  # type: ignore[misc]
         pipeline = DiGSegPipeline.from_pretrained("outputs/runs/demo/model")
         prediction = pipeline("street.jpg", ["background", "road", "car"])
 
-    Predictions are those of :class:`digseg.evaluation.inference.Predictor`.
+    Predictions are those of :class:`digseg.evaluation.inference.Predictor`, in float32 on the pipeline's device.
     """
 
     _optional_components = ("vae", "text_encoder", "tokenizer")
@@ -54,6 +55,7 @@ class DiGSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             tokenizer=tokenizer,
         )
         self._model = model
+        self._predictor: Predictor | None = None  # the last one: it keeps the embeddings of the names it was asked
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> DiGSegPipeline:
@@ -89,12 +91,21 @@ class DiGSegPipeline(DiffusionPipeline):  # type: ignore[misc]
             settings: how the model is asked (passes, templates, windows, ...).
 
         Raises:
-            DigSegError: an image or names that cannot be used; see :meth:`Predictor.predict`.
+            DigSegError: an image or names that cannot be used, see :meth:`Predictor.predict`; or the pipeline was
+                moved to another type than float32.
         """
+        if self.dtype != torch.float32:
+            raise DigSegError(f"this pipeline predicts in float32, but was moved to {self.dtype}; load the model again")
         if isinstance(image, str | Path):
             pixels = read_image(Path(image))
         elif isinstance(image, Image.Image):
             pixels = rgb_pixels(image)
         else:
             pixels = image
-        return Predictor(self._model, str(self.device), settings).predict(pixels, classes, background)
+        return self._asked(settings or PredictionConfig()).predict(pixels, classes, background)
+
+    def _asked(self, settings: PredictionConfig) -> Predictor:
+        last, device = self._predictor, self.device
+        if last is None or last.device != device or last.settings != settings:
+            self._predictor = last = Predictor(self._model, str(device), settings)
+        return last

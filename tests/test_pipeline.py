@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusion_checkpoint import write_checkpoint
 from PIL import Image
 from small_world import export_random_model, small_config
 
 from digseg.config import PredictionConfig
+from digseg.errors import DigSegError
 from digseg.evaluation.classes import ClassQuery
 from digseg.evaluation.images import read_image
 from digseg.evaluation.inference import Predictor
+from digseg.model.export import LoadedModel
 from digseg.pipeline import DiGSegPipeline
 
 CLASSES = ["background", "square"]
@@ -69,6 +73,43 @@ def test_it_takes_synonyms_settings_and_pictures_of_sixteen_bits(exported: Path,
     given = DiGSegPipeline.from_pretrained(exported)(deep, asked, settings=settings)
     assert np.array_equal(given.probabilities, expected.probabilities)
     assert given.classes == ("square", "hole")
+
+
+def test_names_are_embedded_once_for_all_images_asked_alike(
+    exported: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, embed = [], LoadedModel.embed
+
+    def noted(model: LoadedModel, classes: Sequence[Sequence[str]]) -> torch.Tensor:
+        asked.append(classes)
+        return embed(model, classes)
+
+    monkeypatch.setattr(LoadedModel, "embed", noted)
+    pipeline = DiGSegPipeline.from_pretrained(exported)
+    first = pipeline(pixels, CLASSES)
+    assert np.array_equal(pipeline(pixels, CLASSES, settings=PredictionConfig()).probabilities, first.probabilities)
+    assert len(asked) == 1
+    other = pipeline(pixels, CLASSES, settings=PredictionConfig(short_side=32))
+    assert not np.array_equal(other.probabilities, first.probabilities)
+    assert np.array_equal(pipeline(pixels, CLASSES).probabilities, first.probabilities)
+
+
+def test_another_type_than_float32_is_refused(exported: Path, pixels: np.ndarray) -> None:
+    pipeline = DiGSegPipeline.from_pretrained(exported).to(torch.bfloat16)
+    with pytest.raises(
+        DigSegError, match=r"predicts in float32, but was moved to torch.bfloat16; load the model again"
+    ):
+        pipeline(pixels, CLASSES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_it_moves_to_a_gpu_and_back(exported: Path, pixels: np.ndarray) -> None:
+    pipeline = DiGSegPipeline.from_pretrained(exported)
+    before = pipeline(pixels, CLASSES)
+    moved = pipeline.to("cuda")(pixels, CLASSES)
+    np.testing.assert_allclose(moved.probabilities, before.probabilities, atol=0.02)
+    assert np.array_equal(pipeline.to("cpu")(pixels, CLASSES).probabilities, before.probabilities)
 
 
 def test_diffusers_knows_the_components(exported: Path) -> None:

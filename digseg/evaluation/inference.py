@@ -80,6 +80,16 @@ class Predictor:
         return self._settings
 
     @property
+    def sampling(self) -> Sampling | None:
+        """How masks are sampled; None: the model answers in one deterministic step."""
+        return self._sampling
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._device
+
+    @property
     def card(self) -> ModelCard:
         """What the model says of itself."""
         return self._model.card

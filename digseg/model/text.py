@@ -40,7 +40,7 @@ class TextEncoder(Protocol):
         """What an exported model takes with it, by folder; nothing of an installed package."""
 
     def encode(self, names: Sequence[str]) -> Tensor:
-        """Unit-norm embeddings, float32 ``[len(names), dim]``."""
+        """Unit-norm embeddings, float32 ``[len(names), dim]``, on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +177,11 @@ class CLIPText:
 
     @torch.no_grad()
     def encode(self, names: Sequence[str]) -> Tensor:
-        pooled: Tensor = self._model(**tokenized(self._tokenizer, self._model, names)).pooler_output
-        return F.normalize(pooled.float(), dim=-1)
+        # A pipeline that is moved to a device takes this model with it.
+        tokens = tokenized(self._tokenizer, self._model, names)
+        on_device = {name: part.to(self._model.device) for name, part in tokens.items()}
+        pooled: Tensor = self._model(**on_device).pooler_output
+        return F.normalize(pooled.float(), dim=-1).cpu()
 
 
 def tokenized(tokenizer: Any, model: Any, names: Sequence[str]) -> dict[str, Tensor]:

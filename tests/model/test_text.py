@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,20 @@ def test_clip_reads_a_checkpoints_encoder_and_whole_vocabulary(tmp_path: Path) -
     vectors = encoder.encode(["ab", "ba"])
     assert vectors.shape == (2, 16)
     assert not torch.allclose(vectors[0], vectors[1])
+
+
+def test_clip_asks_its_model_where_that_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path)
+    encoder = load_text_encoder(_clip(tmp_path))
+    model, devices = encoder.modules["text_encoder"].to("meta"), []
+
+    def noted(**tokens: torch.Tensor) -> SimpleNamespace:
+        devices.extend(part.device.type for part in tokens.values())
+        return SimpleNamespace(pooler_output=torch.ones(1, 16))
+
+    monkeypatch.setattr(model, "forward", noted)
+    assert encoder.encode(["ab"]).device.type == "cpu"
+    assert devices == ["meta", "meta"]
 
 
 def test_a_clip_tokenizer_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
