@@ -33,10 +33,15 @@ def check_files(images: Sequence[Path], out: Path, windowed: bool = False) -> No
     be read window by window.
 
     Raises:
-        DigSegError: no image, one that cannot be read, two whose results would have the same name, or an
-        output
+        DigSegError: no image, one that cannot be read, two whose results would have the same name, or an output
             folder that cannot be made.
     """
+    _check_names(images, out)
+    for path in images:
+        open_pixels(path, windowed)
+
+
+def _check_names(images: Sequence[Path], out: Path) -> None:
     if not images:
         raise DigSegError("no image given; name at least one file")
     stems = Counter(path.stem for path in images)
@@ -46,8 +51,6 @@ def check_files(images: Sequence[Path], out: Path, windowed: bool = False) -> No
             raise DigSegError(f"{same}: results would share the name {stem!r}; predict them into separate folders")
     if out.exists() and not out.is_dir():
         raise DigSegError(f"--out {out} is a file; name a folder")
-    for path in images:
-        open_pixels(path, windowed)
 
 
 def open_pixels(path: Path, windowed: bool) -> Pixels:
@@ -77,7 +80,7 @@ def predict_files(
         DigSegError: as `check_files` and `Predictor.predict` say.
     """
     windowed = predictor.settings.window is not None
-    check_files(images, out, windowed)
+    _check_names(images, out)
     existed = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
