@@ -89,18 +89,30 @@ class FilePixels:
         try:
             content = vips.Region.new(self._image).fetch(left, top, width, height)
         except vips.Error as error:
-            raise DigSegError(f"{self._path}: damaged image ({_reason(error)}); it cannot be decoded") from None
+            raise self._damaged(error) from None
         return self._rgb(np.frombuffer(content, np.uint8).reshape(height, width, self._image.bands))
 
     def thumbnail(self, side: int) -> NDArray[np.uint8]:
-        """See :class:`Pixels`."""
+        """See :class:`Pixels`.
+
+        Raises:
+            DigSegError: the file is damaged.
+        """
+        vips = _vips()
         small = self._image
         factor = max(self.height, self.width) / side
-        if factor > 1:
-            # A whole factor first, as a plain mean: this one runs through the file once, a strip at a time.
-            small = small.shrink(max(1, int(factor)), max(1, int(factor)))
-            small = small.resize(min(1.0, side / max(small.width, small.height)))
-        return self._rgb(np.asarray(small.numpy(), np.uint8).reshape(small.height, small.width, small.bands))
+        try:
+            if factor > 1:
+                # A whole factor first, as a plain mean: this one runs through the file once, a strip at a time.
+                small = small.shrink(max(1, int(factor)), max(1, int(factor)))
+                small = small.resize(min(1.0, side / max(small.width, small.height)))
+            content = np.asarray(small.numpy(), np.uint8)
+        except vips.Error as error:
+            raise self._damaged(error) from None
+        return self._rgb(content.reshape(small.height, small.width, small.bands))
+
+    def _damaged(self, error: Exception) -> DigSegError:
+        return DigSegError(f"{self._path}: damaged image ({_reason(error)}); it cannot be decoded")
 
     def _eight_bit(self, image: Any) -> Any:
         if image.format == "uchar":

@@ -89,6 +89,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, colours: NDArray[np.uint8]
     cut.write_bytes(_written(tmp_path, colours, "rgb").read_bytes()[:9000])
     with pytest.raises(DigSegError, match=r"cut.png: damaged image"):
         FilePixels(cut).read(0, 0, 90, 130)
+    with pytest.raises(DigSegError, match=r"cut.png: damaged image"):
+        FilePixels(cut).thumbnail(50)
     tifffile.imwrite(tmp_path / "bands.tif", np.zeros((8, 8, 7), np.uint8), photometric="minisblack", planarconfig=1)
     with pytest.raises(DigSegError, match=r"bands.tif: 7 bands of .*; give an image of grey, RGB or CMYK"):
         FilePixels(tmp_path / "bands.tif")
