@@ -14,6 +14,8 @@ from pydantic import Field, field_validator, model_validator
 from digseg.config.model import ModelConfig
 from digseg.config.section import Location, NonNegative, Positive, Section, Unit
 
+BACKGROUND = "background"  # the class of what is none of the others
+
 
 class RunConfig(Section):
     """What a run is called and where it lives; the directory of a run is ``storage/name``."""

@@ -15,10 +15,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from digseg.config.schema import QueriesConfig
+from digseg.config.schema import BACKGROUND, QueriesConfig
 from digseg.data.format import Manifest
 
-BACKGROUND = "background"
 IGNORE_SLOT = 255
 
 Ids = npt.NDArray[np.int64]

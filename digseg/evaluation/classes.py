@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from digseg.config.schema import BACKGROUND
 from digseg.errors import DigSegError
 
-BACKGROUND = "background"
 MAX_CLASSES = 65535  # ids of a 16-bit mask
 
 

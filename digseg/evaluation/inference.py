@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from digseg.config import ObjectiveConfig, PredictionConfig
+from digseg.config.schema import BACKGROUND
 from digseg.errors import DigSegError
-from digseg.evaluation.classes import BACKGROUND, ClassQuery, background_of, check_classes, ids_type
+from digseg.evaluation.classes import ClassQuery, background_of, check_classes, ids_type
 from digseg.evaluation.passes import ANCHOR, Pass, merge_passes, plan_passes
 from digseg.evaluation.pixels import ArrayPixels, Pixels
 from digseg.evaluation.windows import blended
