@@ -21,6 +21,7 @@ def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--template",
+        dest="templates",
         action="append",
         metavar="TEXT",
         help='wording of a class, such as "a photo of a {}"; may be repeated, which averages (default: "{}")',
@@ -41,6 +42,5 @@ def prediction_settings(options: argparse.Namespace) -> PredictionConfig:
     Raises:
         DigSegError: a value that makes no sense.
     """
-    fields = ("short_side", "classes_per_pass", "window", "overlap", "steps", "seed", "ensemble")
-    given = {name: getattr(options, name) for name in fields}
-    return section_of_options(PredictionConfig, {**given, "templates": options.template})
+    given = {name: getattr(options, name) for name in PredictionConfig.model_fields}
+    return section_of_options(PredictionConfig, given)
