@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +31,13 @@ def sample_logits(
     The aligned posterior of the last step is the prediction, as in one step; the mask's latents carry what the steps
     before it found. All images start from the same noise.
     """
+    scheduler = noise_schedule(segmenter.scheduler, how.diffusion)
+    scheduler.set_timesteps(how.steps)
     total: Tensor | None = None
     for member in range(how.ensemble):
         generator = torch.Generator().manual_seed(how.seed + member)
         noise = torch.randn(latents.shape[1:], generator=generator).to(latents.device).expand_as(latents)
-        posterior = _denoised(segmenter, images, text, mask, colours, latents, noise, how).softmax(1)
+        posterior = _denoised(segmenter, images, text, mask, colours, latents, noise, scheduler).softmax(1)
         total = posterior if total is None else total + posterior
     assert total is not None  # the ensemble has a member
     return (total / how.ensemble).clamp_min(torch.finfo(total.dtype).tiny).log()
@@ -48,10 +51,8 @@ def _denoised(
     colours: Tensor,
     latents: Tensor,
     noisy: Tensor,
-    how: Sampling,
+    scheduler: Any,
 ) -> Tensor:
-    scheduler = noise_schedule(segmenter.scheduler, how.diffusion)
-    scheduler.set_timesteps(how.steps)
     logits = noisy  # replaced in the first step
     for timestep in scheduler.timesteps:
         state = NoisyMask(
