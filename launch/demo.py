@@ -180,11 +180,10 @@ def _picture(config: Config, alias: str, path: Path) -> Path:
 def _rows(config: Config, entry: CorpusSplit, predictor: Predictor) -> Iterator[PictureRow]:
     corpus = ShardedCorpus(config.data.root, entry.name, entry.split)
     vocabulary = corpus.manifest.vocabulary
-    shown = min(config.evaluation.pictures_per_corpus, len(corpus))
+    asked = predictor.for_corpus(entry.name)
     title = f"{entry.name} ({corpus.manifest.domain.replace('_', ' ')})"
-    for number in range(shown):
-        sample = corpus.read(number * len(corpus) // shown)
-        mask = predictor.for_corpus(entry.name).predict(sample.image, vocabulary).mask
+    for sample in corpus.evenly(config.evaluation.pictures_per_corpus):
+        mask = asked.predict(sample.image, vocabulary).mask
         yield PictureRow(title, sample.image, sample.mask, mask, vocabulary)
 
 

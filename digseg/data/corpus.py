@@ -9,6 +9,7 @@ import json
 import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,11 @@ class ShardedCorpus:
             return self.read(index, min_short_side)
         except CorruptSampleError as error:
             raise DigSegError(f"{error}; run {self.manifest.job} again to mend it") from error
+
+    def evenly(self, count: int) -> Iterator[Sample]:
+        """``count`` evenly spaced samples, all where there are fewer; :meth:`must_read` one after the other."""
+        count = min(count, len(self))
+        return (self.must_read(number * len(self) // count) for number in range(count))
 
     def key(self, index: int) -> str:
         """The key of sample ``index``, without reading the sample."""

@@ -100,7 +100,6 @@ def _image_of(root: str | Path, member: Member) -> str:
 
 def _view(root: str | Path, manifest: Manifest, samples_per_split: int) -> _SplitView:
     corpus = ShardedCorpus(root, manifest.corpus, manifest.split)
-    shown = min(samples_per_split, len(corpus))
     counts = manifest.statistics
     labelled = sum(counts.class_pixels)
     return _SplitView(
@@ -125,7 +124,7 @@ def _view(root: str | Path, manifest: Manifest, samples_per_split: int) -> _Spli
                 strict=True,
             )
         ],
-        sheet=[_picture(corpus.must_read(number * len(corpus) // shown), manifest) for number in range(shown)],
+        sheet=[_picture(sample, manifest) for sample in corpus.evenly(samples_per_split)],
     )
 
 

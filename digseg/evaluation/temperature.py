@@ -109,8 +109,7 @@ def calibrate(
     fitted, measured, used = [], [], 0
     for corpus in corpora:
         manifest = corpus.manifest
-        count = min(images, len(corpus))
-        samples = [corpus.must_read(number * len(corpus) // count) for number in range(count)]
+        samples = list(corpus.evenly(images))
         asked = predictor.for_corpus(manifest.corpus)
         halves = [samples[::2], samples[1::2] or samples]
         first, second = (

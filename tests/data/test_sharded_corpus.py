@@ -47,6 +47,12 @@ def test_samples_come_back_as_they_were_written(root: Path) -> None:
         np.testing.assert_array_equal(sample.mask, mask)
 
 
+def test_evenly_spaced_samples(root: Path) -> None:
+    corpus = ShardedCorpus(root, "shore", "train")
+    for count, keys in ((3, ["k000", "k003", "k006"]), (1, ["k000"]), (0, []), (99, list(SAMPLES))):
+        assert [sample.key for sample in corpus.evenly(count)] == keys
+
+
 def test_index_points_at_exactly_what_tarfile_reads(root: Path) -> None:
     for shard in shards(root):
         index = shard.with_name(index_name(shard.name))
