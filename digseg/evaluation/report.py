@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from digseg.evaluation.page import data_uri, render
 from digseg.evaluation.protocol import AskedSplit
 from digseg.evaluation.tally import Tally
 from digseg.model.card import ModelCard
+from digseg.model.sampling import Sampling
 
 _TILE_PX = 360  # longer side of an example
 _CEILING_SAMPLES = 16
@@ -78,15 +79,10 @@ def mask_ceiling(predictor: Predictor, corpus: ShardedCorpus, samples: int = _CE
     evenly spaced samples: what no prediction of the model can exceed by much."""
     manifest = corpus.manifest
     matrix = ConfusionMatrix(len(manifest.vocabulary), ignore_id=manifest.ignore_id)
-    for sample in _evenly(corpus, samples):
+    for sample in corpus.evenly(samples):
         known = np.where(sample.mask == manifest.ignore_id, 0, sample.mask)
         matrix.update(sample.mask, predictor.round_trip(known, len(manifest.vocabulary)))
     return matrix.mean_iou()
-
-
-def _evenly(corpus: ShardedCorpus, samples: int) -> Iterator[Sample]:
-    shown = min(samples, len(corpus))
-    return (corpus.must_read(number * len(corpus) // shown) for number in range(shown))
 
 
 def _facts(model: ReportedModel) -> dict[str, Any]:
@@ -102,7 +98,8 @@ def _facts(model: ReportedModel) -> dict[str, Any]:
             "training steps": card.metadata.get("step", "-"),
             "seed": card.metadata.get("seed", "-"),
             "trained on": ", ".join(card.metadata.get("datasets", {})) or "-",
-            "denoising steps": "1 (one pass at the final timestep)",
+            "denoising steps": _steps(model.predictor.sampling),
+            "temperature": f"{card.temperature:.3g}",
             "working size": _working_size(card, settings.short_side),
             "prompt templates": "; ".join(settings.templates) + " ({} is the class name)",
             "classes of a pass": settings.classes_per_pass or f"up to {card.max_classes}",
@@ -111,6 +108,13 @@ def _facts(model: ReportedModel) -> dict[str, Any]:
             "classes trained on": ", ".join(card.names),
         },
     }
+
+
+def _steps(how: Sampling | None) -> str:
+    if how is None:
+        return "1 (one pass at the final timestep)"
+    drawn = f"mean of {how.ensemble} draws, seeds from {how.seed} on" if how.ensemble > 1 else f"seed {how.seed}"
+    return f"{how.steps} (DDIM, {drawn})"
 
 
 def _working_size(card: ModelCard, chosen: int | None) -> str:

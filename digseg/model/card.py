@@ -86,6 +86,7 @@ def _readme(card: ModelCard) -> str:
     facts = {key: value for key, value in card.metadata.items() if not isinstance(value, dict)}
     datasets = card.metadata.get("datasets", {})
     base = card.model.pretrained
+    how = "in one step" if card.objective.type == "one_step" else "in a few denoising steps"
     return "\n".join(
         [
             "---",
@@ -95,7 +96,7 @@ def _readme(card: ModelCard) -> str:
             "---",
             f"# {card.metadata.get('run', 'DigSeg')}",
             "",
-            "Segments an image into classes that are named in words, in one step of a diffusion U-Net.",
+            f"Segments an image into classes that are named in words, {how} of a diffusion U-Net.",
             "",
             "```python",
             "from digseg.pipeline import DiGSegPipeline",

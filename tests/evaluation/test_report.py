@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from digseg.evaluation.figures import compared, corpus_figures, mean_figures
 from digseg.evaluation.inference import Predictor
 from digseg.evaluation.protocol import ask
 from digseg.evaluation.report import ReportedModel, mask_ceiling, report_page
+from digseg.model.export import load_model
 
 # Appended to the page: what a reader would see go wrong, in the page's title.
 PROBE = """<script>
@@ -96,6 +98,7 @@ def test_the_page_stands_alone_and_says_what_was_measured(page: str) -> None:
         "round hole (never trained on)",
         "mIoU of models:/digseg/2 minus",
         "48 px, shorter side",
+        "1 (one pass at the final timestep)",
         "{} ({} is the class name)",
     ):
         assert said in text
@@ -103,6 +106,25 @@ def test_the_page_stands_alone_and_says_what_was_measured(page: str) -> None:
     assert "Oracle" not in page
     # Image, ground truth, prediction and overlay of the best, the median and the worst image of both models.
     assert page.count("<img") == 4 * 3 * 2
+
+
+def test_the_facts_of_a_multi_step_model_are_its_own(folder: Path, predictors: list[Predictor]) -> None:
+    config = small_config(folder, objective={"type": "multi_step"})
+    directory = export_random_model(folder / "multi" / "model", config)
+    assert "in a few denoising steps of a diffusion U-Net" in (directory / "README.md").read_text()
+    assert predictors[0].sampling is None
+    assert "in one step of a diffusion U-Net" in (folder / "first" / "model" / "README.md").read_text()
+    loaded = load_model(directory)
+    calibrated = replace(loaded, card=replace(loaded.card, temperature=1.25))
+    for settings, steps in (
+        (PredictionConfig(), "10 (DDIM, seed 0)"),
+        (PredictionConfig(steps=2, seed=3), "2 (DDIM, seed 3)"),
+        (PredictionConfig(steps=2, seed=3, ensemble=4), "2 (DDIM, mean of 4 draws, seeds from 3 on)"),
+    ):
+        page = _page(folder, [Predictor(calibrated, settings=settings)] * 2)
+        assert f">{steps}</dd>" in page
+        assert ">1.25</dd>" in page
+        assert "one pass at the final timestep" not in page
 
 
 def test_large_vocabularies_have_a_list_of_confusions(
