@@ -39,8 +39,8 @@ def model_card(card: ModelCard, trained_on: Sequence[Manifest]) -> str:
             "",
             "## Use and limits",
             "- Input and output are in the signature; the tags say where the version comes from.",
-            "- The tags `mean_iou` and `miou.CORPUS` hold for the corpora of the last evaluation. On images unlike its "
-            "training data, and for names unlike those it knows, the model can be much worse.",
+            "- The tags `miou.CORPUS` are of the last evaluation of each corpus, `mean_iou` is their mean. On images "
+            "unlike its training data, and for names unlike those it knows, the model can be much worse.",
             "- The licences of the training data may restrict what the model may be used for.",
             "",
             "## Class names trained on",

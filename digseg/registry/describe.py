@@ -40,7 +40,7 @@ class Description:
 
     @property
     def figures(self) -> dict[str, str]:
-        """Figures of the last evaluation."""
+        """`miou.CORPUS` of each corpus' last evaluation, and `mean_iou`, their mean."""
         return {key: value for key, value in self.tags.items() if key == "mean_iou" or key.startswith("miou.")}
 
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -29,6 +30,7 @@ from digseg.registry.store import connect, default_tracking_uri, first_line, flu
 
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 _FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION or an exported model's directory"
+_MIOU = "miou."  # how the tags of a corpus' mIoU begin
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def set_alias(name: str, version: int, alias: str, tracking_uri: str | None = No
 
 
 def tag_evaluation(model: ModelRef, result: Mapping[str, Any]) -> None:
-    """Put an evaluation's headline figures on a registered version, where `list_versions` finds them.
+    """Put the mIoU of each corpus evaluated on a registered version, and the mean over all corpora that it was ever
+    evaluated on, where `list_versions` finds it.
 
     Raises:
         DigSegError: a store that cannot be reached, or a version that is gone.
@@ -140,17 +143,22 @@ def tag_evaluation(model: ModelRef, result: Mapping[str, Any]) -> None:
         return
     client = connect(model.tracking_uri)
     try:
-        for key, value in evaluation_tags(result).items():
+        known = client.get_model_version(model.name, str(model.version)).tags
+        for key, value in evaluation_tags(result, known).items():
             client.set_model_version_tag(model.name, str(model.version), key, value)
     except MlflowException as error:
         raise DigSegError(f"{model.uri} cannot be tagged: {first_line(error)}") from error
 
 
-def evaluation_tags(result: Mapping[str, Any]) -> dict[str, str]:
-    """`mean_iou` and `miou.CORPUS` of an evaluation, as tags of a version."""
-    figures = {"mean_iou": result["mean_iou"]}
-    figures |= {f"miou.{name}": corpus["miou"] for name, corpus in result["corpora"].items()}
-    return {key: f"{value:.4f}" for key, value in figures.items() if value is not None}
+def evaluation_tags(result: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
+    """`miou.CORPUS` of an evaluation, as tags of a version, and `mean_iou`: the mean of these and of those of other
+    corpora among the tags that are `known`."""
+    figures = {f"{_MIOU}{name}": corpus["miou"] for name, corpus in result["corpora"].items()}
+    figures = {key: value for key, value in figures.items() if value is not None}
+    every = {key: float(value) for key, value in known.items() if key.startswith(_MIOU)} | figures
+    if every:
+        figures["mean_iou"] = fmean(every.values())
+    return {key: f"{value:.4f}" for key, value in figures.items()}
 
 
 def list_versions(tracking_uri: str | None = None) -> list[ListedVersion]:

@@ -28,7 +28,7 @@ from digseg.evaluation.classes import ClassQuery
 from digseg.evaluation.images import decode_image
 from digseg.evaluation.inference import Predictor
 from digseg.registry.lineage import directory_digest, mapping_digest
-from digseg.registry.models import list_versions, resolve, set_alias
+from digseg.registry.models import list_versions, resolve, set_alias, tag_evaluation
 from digseg.registry.package import register_model
 from digseg.registry.store import connect, fluent
 from digseg.registry.tracking import MlflowRun
@@ -119,6 +119,21 @@ def test_aliases_move_and_are_listed(tmp_path: Path, world: World) -> None:
         set_alias("digseg", 9, "champion", store)
     with pytest.raises(DigSegError, match="alias 'v3' cannot be set"):
         set_alias("digseg", 1, "v3", store)
+
+
+def test_the_mean_of_a_version_is_over_all_corpora_that_it_was_evaluated_on(store: str) -> None:
+    _, model = resolve("models:/digseg/1", store)
+    for figures in ({"road": 0.5, "cells": 0.75, "empty": None}, {"cells": 0.25}):
+        known = [miou for miou in figures.values() if miou is not None]
+        corpora = {name: {"miou": miou} for name, miou in figures.items()}
+        tag_evaluation(model, {"mean_iou": sum(known) / len(known), "corpora": corpora})
+    tags = connect(store).get_model_version("digseg", "1").tags
+    assert {key: tags[key] for key in tags if key == "mean_iou" or key.startswith("miou.")} == {
+        "miou.road": "0.5000",
+        "miou.cells": "0.2500",
+        "mean_iou": "0.3750",
+    }
+    assert list_versions(store)[1].mean_iou == "0.3750"
 
 
 def test_files_that_were_moved_away_are_reported(tmp_path: Path, world: World) -> None:
