@@ -101,12 +101,12 @@ def register_model(
                     DIGESTS_KEY: lineage.file_digest(digests),
                 },
             )
+        name, version = config.tracking.registered_model, int(info.registered_model_version)
+        for key, value in facts.items():
+            client.set_model_version_tag(name, str(version), key, value)
+        client.update_model_version(name, str(version), model_card(card, trained_on))
     except MlflowException as error:
         raise DigSegError(f"MLflow at {uri} does not take the model: {first_line(error)}") from error
-    name, version = config.tracking.registered_model, int(info.registered_model_version)
-    client.update_model_version(name, str(version), model_card(card, trained_on))
-    for key, value in facts.items():
-        client.set_model_version_tag(name, str(version), key, value)
     reference = ModelRef(name=name, version=version, alias=None, run_id=run_id, tracking_uri=uri)
     if alias is not None:
         set_alias(name, version, alias, uri)

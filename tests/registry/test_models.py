@@ -16,13 +16,14 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.scoring_server import infer_and_parse_data
 from mlflow.tracking import MlflowClient
 from mlflow_server import MlflowServer
 from PIL import Image
 from small_world import VOCABULARY, World, picture_bytes
 
-from digseg.config import PredictionConfig
+from digseg.config import PredictionConfig, TrackingConfig
 from digseg.errors import DigSegError
 from digseg.evaluation.classes import ClassQuery
 from digseg.evaluation.images import decode_image
@@ -186,6 +187,21 @@ def test_a_version_that_holds_no_model_says_so(tmp_path: Path, world: World) -> 
 def test_only_exported_models_are_registered(tmp_path: Path, world: World) -> None:
     with pytest.raises(DigSegError, match="not an exported model"):
         register_model(tmp_path, world.config)
+
+
+def test_a_store_that_fails_in_the_middle_of_a_registration_is_a_clear_error(
+    store: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MlflowException("the disk is full")
+
+    monkeypatch.setattr(MlflowClient, "update_model_version", full)
+    config = world.config.model_copy(update={"tracking": TrackingConfig(uri=store, experiment=tmp_path.name)})
+    with pytest.raises(DigSegError, match="does not take the model: the disk is full"):
+        register_model(world.model_dir, config)
+    # What is there is known by its digest.
+    tags = connect(store).get_model_version("digseg", "3").tags
+    assert tags["model_sha256"] == directory_digest(world.model_dir)
 
 
 def test_plain_mlflow_loads_the_champion_and_predicts_as_the_predictor_does(world: World, tmp_path: Path) -> None:
