@@ -25,7 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from digseg.errors import DigSegError
-from digseg.registry.store import connect, first_line
+from digseg.registry.store import connect, first_line, is_absent
 
 _LOCK = "digseg.alias-lock."
 _LEFT_S = 120.0  # a lock that has been there this long was left by a process that died ...
@@ -117,11 +117,13 @@ class _LockedModel:
         return known if current is None or current in known[-1:] else [*known, current]
 
     def has(self, version: int) -> bool:
-        """Whether the version exists."""
+        """Whether the version exists; raises MlflowException where the store fails."""
         try:
             self._client.get_model_version(self._name, str(version))
-        except MlflowException:
-            return False
+        except MlflowException as error:
+            if is_absent(error):
+                return False
+            raise
         return True
 
     def set(self, alias: str, version: int, history: list[int]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow.artifacts
 import yaml
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -17,7 +18,7 @@ from digseg.errors import DigSegError
 from digseg.model.card import ModelCard, read_card
 from digseg.registry import lineage
 from digseg.registry.models import ModelRef, resolve, version_aliases
-from digseg.registry.store import connect, fluent
+from digseg.registry.store import connect, first_line, fluent, is_absent
 
 _DATASET = "dataset."
 
@@ -132,10 +133,8 @@ def _run_facts(version: Description) -> list[Fact]:
     reference, tags = version.reference, version.tags
     if reference.run_id is None or reference.tracking_uri is None:
         return [Fact("run", "none: the model was registered without one")]
-    client = connect(reference.tracking_uri)
-    try:
-        run = client.get_run(reference.run_id)
-    except MlflowException:
+    run = _run(connect(reference.tracking_uri), reference.run_id)
+    if run is None:
         return [Fact("run", reference.run_id, "gone from the store")]
     facts = [Fact("run", f"{reference.run_id} ({run.info.run_name})", run.info.status.lower())]
     if digest := tags.get("config_sha256"):
@@ -175,12 +174,22 @@ def _model_of_legend(path: Path) -> Mapping[str, Any]:
 
 
 def _parameters(client: MlflowClient, run_id: str | None) -> dict[str, str]:
-    if run_id is None:
-        return {}
+    run = _run(client, run_id) if run_id is not None else None
+    return {} if run is None else dict(run.data.params)
+
+
+def _run(client: MlflowClient, run_id: str) -> Run | None:
+    """A version's run, or None where it was deleted, which the version was not.
+
+    Raises:
+        DigSegError: the store fails.
+    """
     try:
-        return dict(client.get_run(run_id).data.params)
-    except MlflowException:
-        return {}  # the run was deleted; the version is not
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if is_absent(error):
+            return None
+        raise DigSegError(f"the store cannot be asked for run {run_id}: {first_line(error)}") from error
 
 
 def _names(version: Description) -> str:

@@ -26,7 +26,7 @@ from digseg.errors import DigSegError, nearest
 from digseg.registry import aliases
 from digseg.registry.intact import ARTIFACT
 from digseg.registry.lineage import directory_digest
-from digseg.registry.store import connect, default_tracking_uri, first_line, fluent
+from digseg.registry.store import connect, default_tracking_uri, first_line, fluent, is_absent
 
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 _FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION or an exported model's directory"
@@ -212,7 +212,7 @@ def _registered(client: MlflowClient, name: str, store: str) -> RegisteredModel:
     try:
         return client.get_registered_model(name)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not is_absent(error):
             raise DigSegError(f"the registry {store} cannot be asked for {name!r}: {first_line(error)}") from error
     names = [model.name for model in _all_models(client)]
     if not names:
@@ -236,7 +236,9 @@ def _aliases_of(model: RegisteredModel, version: ModelVersion) -> tuple[str, ...
 def _version(client: MlflowClient, model: RegisteredModel, number: str) -> ModelVersion:
     try:
         version = client.get_model_version(model.name, number)
-    except MlflowException:
+    except MlflowException as error:
+        if not is_absent(error):
+            raise DigSegError(f"models:/{model.name}/{number} cannot be asked for: {first_line(error)}") from error
         existing = ", ".join(str(version.version) for version in reversed(_all_versions(client, model.name)))
         hint = f"its versions: {existing}" if existing else "it has none"
         raise DigSegError(f"model {model.name!r} has no version {number}; {hint}") from None

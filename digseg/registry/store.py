@@ -120,6 +120,11 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
 
 
+def is_absent(error: MlflowException) -> bool:
+    """Whether a store says that it does not have what it was asked for; else it failed, and may have it."""
+    return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, without MLflow's long tails."""
     return str(error).strip().partition("\n")[0]

@@ -19,7 +19,7 @@ from digseg.config import Config, dump_config
 from digseg.errors import DigSegError
 from digseg.registry import lineage
 from digseg.registry.delivery import BATCH, Delivery, Opened
-from digseg.registry.store import StoreAwayError, artifact_location, connect, first_line, tracking_uri
+from digseg.registry.store import StoreAwayError, artifact_location, connect, first_line, is_absent, tracking_uri
 from digseg.training.files import write_whole
 from digseg.training.logging import RunStatus
 
@@ -208,7 +208,7 @@ class MlflowRun:
         try:
             run = self._client.get_run(run_id)
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            if is_absent(error):
                 return None
             raise  # the store fails; it may still have the run
         return str(run_id) if run.info.lifecycle_stage == "active" else None

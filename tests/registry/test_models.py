@@ -28,6 +28,8 @@ from digseg.errors import DigSegError
 from digseg.evaluation.classes import ClassQuery
 from digseg.evaluation.images import decode_image
 from digseg.evaluation.inference import Predictor
+from digseg.registry.aliases import roll_back
+from digseg.registry.describe import describe, trace
 from digseg.registry.lineage import directory_digest, mapping_digest
 from digseg.registry.models import list_versions, resolve, set_alias, tag_evaluation
 from digseg.registry.package import register_model
@@ -97,6 +99,23 @@ def test_what_is_not_there_is_answered_with_what_is(world: World, tmp_path: Path
     ):
         with pytest.raises(DigSegError, match=message):
             resolve(uri, world.tracking_uri)
+
+
+def test_a_store_that_fails_does_not_make_things_absent(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise MlflowException("the database is locked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "get_run", failing)
+        for ask in (describe, trace):
+            with pytest.raises(DigSegError, match=r"cannot be asked for run \w+: the database is locked"):
+                ask("models:/digseg/1", store)
+    set_alias("digseg", 1, "champion", store)
+    monkeypatch.setattr(MlflowClient, "get_model_version", failing)
+    with pytest.raises(DigSegError, match="models:/digseg/2 cannot be asked for: the database is locked"):
+        resolve("models:/digseg/2", store)
+    with pytest.raises(DigSegError, match="does not move aliases of 'digseg': the database is locked"):
+        roll_back(store, "digseg", "champion")
 
 
 def test_an_empty_registry_says_so(tmp_path: Path, world: World) -> None:
