@@ -80,7 +80,9 @@ class Delivery:
         self._closing.set()
         self._thread.join(timeout_s)
         with self._lock:
-            return self._opened is not None and not (self._queue or self._folders or self._tags)
+            waiting = self._queue or self._folders or self._tags
+        # Pictures that are being uploaded wait no more, but have not arrived while the thread is at it.
+        return self._opened is not None and not waiting and not self._thread.is_alive()
 
     def _work(self) -> None:
         failing = False

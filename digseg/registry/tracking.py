@@ -174,10 +174,6 @@ class MlflowRun:
         for path in paths:
             self._client.log_artifact(self.run_id, str(path), folder)
 
-    def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Attach a file or directory."""
-        self._client.log_artifact(self.run_id, str(path), folder)
-
     @property
     def _client(self) -> MlflowClient:
         if self._connected is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from small_world import World, small_config
 
 from digseg.config import Config
 from digseg.errors import DigSegError
+from digseg.registry import delivery
 from digseg.registry.tracking import MlflowRun, flattened, log_evaluation, metric_name
 
 DIGEST = "ab" * 32
@@ -192,6 +194,24 @@ def test_pictures_are_attached(config: Config, client: MlflowClient, tmp_path: P
     run = _started(config)
     run.log_images([picture])
     assert [item.path for item in client.list_artifacts(run.run_id, "pictures")] == ["pictures/grid.png"]
+
+
+def test_a_picture_on_its_way_has_not_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "_FLUSH_INTERVAL_S", 0.01)
+    (tmp_path / "grid.png").write_bytes(b"PNG")
+    begun, arrives = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        begun.set()
+        assert arrives.wait(60)
+
+    client = Mock(spec=MlflowClient, list_artifacts=Mock(return_value=[]), log_artifact=slow)
+    sent = delivery.Delivery(lambda: delivery.Opened(client, "run", {}))
+    sent.attach(tmp_path)
+    assert begun.wait(60)
+    assert not sent.close(0.05)
+    arrives.set()
+    assert sent.close(60)
 
 
 def test_a_deleted_experiment_is_reported_with_the_way_back(config: Config, client: MlflowClient) -> None:
