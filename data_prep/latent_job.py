@@ -75,7 +75,7 @@ def make_latent_shard(job: LatentJob) -> ShardResult:
         raise DigSegError(f"{job.autoencoder.path}: not the autoencoder that the job was started with")
     statistics: list[Statistics] = []
     views = _views(job, statistics)
-    try:
+    with storage.writing(f"{job.folder}/{job.shard.name}"):
         # A manifest never describes shards that are being replaced.
         storage.remove(f"{job.folder}/{MANIFEST_NAME}")
         with ShardWriter(storage, job.folder, job.shard.name) as writer:
@@ -83,8 +83,6 @@ def make_latent_shard(job: LatentJob) -> ShardResult:
                 for sample in _encoded(batch, autoencoder, job):
                     writer.add(sample)
             header, entry = writer.close(job.source_sha256, Statistics.merged(statistics), ())
-    except OSError as error:
-        raise DigSegError(f"cannot write {storage.url(f'{job.folder}/{job.shard.name}')}: {error}") from error
     return ShardResult(entry, header.statistics, (), written=True)
 
 

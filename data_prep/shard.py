@@ -133,33 +133,40 @@ def finish_split(plan: SplitPlan, results: Sequence[ShardResult]) -> Manifest:
 
 
 def earlier_manifest(storage: Storage, name: str, split: str) -> Manifest | None:
-    """The manifest that an earlier run left, if it is sound."""
+    """The manifest that an earlier run left, if it is sound.
+
+    Raises:
+        DigSegError: it is there, but cannot be read.
+    """
     path = f"{split_path(name, split)}/{MANIFEST_NAME}"
-    try:
-        return parse_manifest(storage.read(path), storage.url(path))
-    except FileNotFoundError:
-        return None
-    except DigSegError:
-        # Damaged: every shard is then judged by its own index, and a sound manifest is written.
-        return None
+    with storage.reading():
+        try:
+            return parse_manifest(storage.read(path), storage.url(path))
+        except FileNotFoundError:
+            return None
+        except DigSegError:
+            # Damaged: every shard is then judged by its own index, and a sound manifest is written.
+            return None
 
 
 def publish(storage: Storage, manifest: Manifest, rejected: bytes, before: Manifest | None) -> None:
     """Write rejected.jsonl, then the manifest, last; remove what is left of earlier plans and of jobs that were killed.
 
     Raises:
-        DigSegError: the shards are not seen from here.
+        DigSegError: the shards are not seen from here, or a file cannot be written or removed.
     """
     folder = split_path(manifest.corpus, manifest.split)
-    _check_shared(storage, folder, manifest)
-    if before != manifest:
-        storage.remove(f"{folder}/{MANIFEST_NAME}")
-    storage.write(f"{folder}/{REJECTED_NAME}", rejected)
-    storage.write(f"{folder}/{MANIFEST_NAME}", manifest.to_json())
-    known = {name for entry in manifest.shards for name in entry.digests()}
-    for file in storage.files(folder):
-        if file.endswith(TEMPORARY_SUFFIX) or (is_shard_file(file) and file not in known):
-            storage.remove(f"{folder}/{file}")
+    with storage.reading():
+        _check_shared(storage, folder, manifest)
+    with storage.writing(folder):
+        if before != manifest:
+            storage.remove(f"{folder}/{MANIFEST_NAME}")
+        storage.write(f"{folder}/{REJECTED_NAME}", rejected)
+        storage.write(f"{folder}/{MANIFEST_NAME}", manifest.to_json())
+        known = {name for entry in manifest.shards for name in entry.digests()}
+        for file in storage.files(folder):
+            if file.endswith(TEMPORARY_SUFFIX) or (is_shard_file(file) and file not in known):
+                storage.remove(f"{folder}/{file}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,7 +25,6 @@ from digseg.data.hashes import hash_image
 from digseg.data.order import mix64, permuted_index
 from digseg.data.storage import Storage
 from digseg.data.writer import EncodedSample, ShardWriter, encode_mask, encode_png, shard_entry
-from digseg.errors import DigSegError
 
 MIN_SAMPLES_PER_SHARD = 64
 MAX_SAMPLES_PER_SHARD = 512
@@ -75,7 +74,7 @@ def make_shard(job: ShardJob) -> ShardResult:
     One sample is in memory at a time.
 
     Raises:
-        DigSegError: the shard cannot be written.
+        DigSegError: the shard cannot be written, or what is there cannot be read.
     """
     storage = Storage(job.root)
     folder = split_path(job.name, job.split)
@@ -90,7 +89,7 @@ def make_shard(job: ShardJob) -> ShardResult:
     first = next(samples, None)
     if first is None:
         return ShardResult(None, None, tuple(rejected), written=False)
-    try:
+    with storage.writing(f"{folder}/{job.shard}"):
         # A manifest never describes shards that are being replaced.
         storage.remove(f"{folder}/{MANIFEST_NAME}")
         with ShardWriter(storage, folder, job.shard) as writer:
@@ -98,8 +97,6 @@ def make_shard(job: ShardJob) -> ShardResult:
             for sample in samples:
                 writer.add(sample)
             header, entry = writer.close(source.hexdigest(), Statistics.merged(statistics), rejected)
-    except OSError as error:
-        raise DigSegError(f"cannot write {storage.url(f'{folder}/{job.shard}')}: {error}") from error
     return ShardResult(entry, header.statistics, header.rejected, written=True)
 
 
@@ -135,17 +132,22 @@ def present_shard(
     storage: Storage, folder: str, shard: str, expected: ShardEntry | None, source: Callable[[], str]
 ) -> ShardResult | None:
     """The result of an earlier run, if its files are what that run wrote (and what its manifest, where there is one,
-    ``expected``) and were made from the same ``source``."""
-    try:
-        index = storage.read(f"{folder}/{index_name(shard)}")
-    except FileNotFoundError:
-        return None
-    header = parse_header(index)
-    if header is None or header.name != shard:
-        return None
-    entry = shard_entry(header, index)
-    if expected not in (None, entry) or any(shard_problems(storage, folder, entry)):
-        return None
+    ``expected``) and were made from the same ``source``.
+
+    Raises:
+        DigSegError: they are there, but cannot be read.
+    """
+    with storage.reading():
+        try:
+            index = storage.read(f"{folder}/{index_name(shard)}")
+        except FileNotFoundError:
+            return None
+        header = parse_header(index)
+        if header is None or header.name != shard:
+            return None
+        entry = shard_entry(header, index)
+        if expected not in (None, entry) or any(shard_problems(storage, folder, entry)):
+            return None
     if header.source_sha256 != source():
         return None
     return ShardResult(entry, header.statistics, header.rejected, written=False)

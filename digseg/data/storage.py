@@ -184,6 +184,18 @@ class Storage:
             raise DigSegError(f"{self.root} cannot be read: {error}; try again once it can") from error
 
     @contextmanager
+    def writing(self, path: str) -> Iterator[None]:
+        """A block that ends with a clear error where ``path`` cannot be written.
+
+        Raises:
+            DigSegError: for any OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise DigSegError(f"cannot write {self.url(path)}: {error}") from error
+
+    @contextmanager
     def _remotely(self) -> Iterator[Any]:
         """The remote file system. Every one has errors of its own: those that are no OSError are raised as one."""
         try:

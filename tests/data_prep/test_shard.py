@@ -17,7 +17,7 @@ from data_prep.shard_job import make_shard, plan_shards
 from digseg.cli import main
 from digseg.cluster.runtime import ray_session
 from digseg.data.corpus import ShardedCorpus
-from digseg.data.format import load_manifest
+from digseg.data.format import index_name, load_manifest
 from digseg.errors import DigSegError
 
 CLASSES = "name: garden\nclasses: [path, grass, tree]\ndomain: natural\nlicence: CC0-1.0\nsplits: 5\n"
@@ -98,6 +98,25 @@ def test_shards_hold_the_corpus_as_its_adapter_reads_it(garden: Path, tmp_path: 
         np.testing.assert_array_equal(sample.image, np.asarray(Image.open(source).convert("RGB")))
         assert (sample.meta["height"], sample.meta["width"]) == (24, 32)
     assert rejected(tmp_path / "out") == {}
+
+
+def test_files_that_cannot_be_read_or_written_are_named(garden: Path, tmp_path: Path) -> None:
+    """A folder in the place of each file."""
+    folder = tmp_path / "out" / "garden" / "train"
+    plan = plan_split("folder", garden, "train", tmp_path / "out", samples_per_shard=8)
+    (job,) = plan.jobs
+    (folder / "manifest.json").mkdir(parents=True)
+    with pytest.raises(DigSegError, match=f"{tmp_path}/out cannot be read: .*directory"):
+        plan_split("folder", garden, "train", tmp_path / "out")
+    (folder / "manifest.json").rmdir()
+    (folder / index_name(job.shard)).mkdir()
+    with pytest.raises(DigSegError, match=f"{tmp_path}/out cannot be read: .*directory"):
+        make_shard(job)
+    (folder / index_name(job.shard)).rmdir()
+    made = [make_shard(job)]
+    (folder / "rejected.jsonl").mkdir()
+    with pytest.raises(DigSegError, match=f"cannot write {folder}: .*directory"):
+        finish_split(plan, made)
 
 
 def test_tiles_of_large_images_become_samples_of_shards(tmp_path: Path) -> None:
