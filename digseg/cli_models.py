@@ -99,7 +99,7 @@ def _show(options: argparse.Namespace) -> None:
 
     version = describe(options.uri, options.tracking_uri)
     reference, card = version.reference, version.card
-    shown = {"aliases", "mean_iou", "model_sha256", "run_id"} | version.figures.keys()
+    shown = {"model_sha256", "run_id"} | version.figures.keys()
     rows = [
         ("aliases", ", ".join(version.aliases) or "-"),
         ("registered", _time(version.created_ms)),

@@ -77,14 +77,13 @@ def resolve(uri: str, tracking_uri: str | None = None) -> tuple[Path, ModelRef]:
     """The local directory of an exported model, and which model it is.
 
     Args:
-        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the path of an exported (or MLflow) model
-        directory. tracking_uri: the store; by default $MLFLOW_TRACKING_URI, else the local SQLite database.
+        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the path of an exported (or MLflow) model directory.
+        tracking_uri: the store; by default $MLFLOW_TRACKING_URI, else the local SQLite database.
 
     Files of a remote store are copied once into the cache ($DIGSEG_CACHE, else ~/.cache/digseg).
 
     Raises:
-        DigSegError: no such directory, model, alias or version (with those that exist), an empty registry, or
-        a
+        DigSegError: no such directory, model, alias or version (with those that exist), an empty registry, or a
             store that cannot be reached.
     """
     if not uri.startswith("models:"):
@@ -272,8 +271,7 @@ def _files(client: MlflowClient, version: ModelVersion, store: str) -> Path:
 
 
 def _location(client: MlflowClient, version: ModelVersion) -> str:
-    """Where the version's files are stored; a version logged by MLflow 3 refers to a logged model by its
-    id."""
+    """Where the version's files are stored; a version logged by MLflow 3 refers to a logged model by its id."""
     location = str(client.get_model_version_download_uri(version.name, version.version))
     if location.startswith("models:/"):
         location = str(client.get_logged_model(location.removeprefix("models:/")).artifact_location)
@@ -294,7 +292,7 @@ def _download(uri: str, store: str, target: Path) -> None:
         with fluent(store):
             fetched = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(partial)))
         # Another process that was quicker has the same files.
-        with contextlib.suppress(FileExistsError, OSError):
+        with contextlib.suppress(OSError):
             fetched.rename(target)
         if not target.is_dir():
             raise DigSegError(f"the files of {uri} cannot be put into the cache {target.parent}")
