@@ -1,10 +1,11 @@
 import itertools
 import pickle
 import threading
-import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,21 +129,25 @@ def test_number_of_loader_processes_changes_nothing_over_two_resumes(
 
 def test_batches_are_made_ahead_while_the_step_computes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    samples = TrainingData.samples
+    asked_for: list[Future[Any]] = []
+    samples, submit = TrainingData.samples, ThreadPoolExecutor.submit
+
+    def submitted(*arguments: Any) -> Future[Any]:
+        asked_for.append(submit(*arguments))
+        return asked_for[-1]
 
     def recorded(data: TrainingData, positions: Sequence[int]) -> list[TrainingSample]:
         made.extend(positions)
         return samples(data, positions)
 
     monkeypatch.setattr(TrainingData, "samples", recorded)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submitted)
     run = config(root, prefetch=3)
     iterator = training_batches(TrainingData(run.data, seed=3), run, 0, 1, 0, 9)
     next(iterator)
-    deadline = time.monotonic() + 20
-    while len(made) < 32 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    assert made == list(range(32))  # the batch that was taken and three more
+    assert len(asked_for) == 4  # the batch that was taken and three more
+    assert not wait(asked_for, timeout=20).not_done
+    assert made == list(range(32))
     assert sum(1 for _ in iterator) == 8
 
 
