@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from shard_writing import noise_samples, write_split
 from small_world import write_squares
 
 from data_prep.encode_latents import main
-from digseg.cluster.runtime import ray_session
 from digseg.config import AutoencoderConfig
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import LATENT_MEMBER, load_manifest
@@ -28,12 +27,6 @@ from digseg.errors import DigSegError
 from digseg.model.autoencoder import build_autoencoder
 
 SIZE, VIEWS = 32, 3
-
-
-@pytest.fixture(scope="module")
-def ray_running() -> Iterator[None]:
-    with ray_session():
-        yield
 
 
 @pytest.fixture

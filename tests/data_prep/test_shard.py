@@ -4,7 +4,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +15,11 @@ from PIL import Image
 from data_prep.shard import finish_split, plan_split, shard_corpus
 from data_prep.shard_job import make_shard, plan_shards
 from digseg.cli import main
-from digseg.cluster.runtime import ray_session
 from digseg.data.corpus import ShardedCorpus
 from digseg.data.format import index_name, load_manifest
 from digseg.errors import DigSegError
 
 CLASSES = "name: garden\nclasses: [path, grass, tree]\ndomain: natural\nlicence: CC0-1.0\nsplits: 5\n"
-
-
-@pytest.fixture(scope="module")
-def ray_running() -> Iterator[None]:
-    with ray_session():
-        yield
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -113,15 +112,6 @@ def test_of_two_that_find_the_same_dead_lock_only_one_takes_over(store: str, mon
     assert _locks(store) == set()
 
 
-@pytest.fixture
-def server(tmp_path: Path, store: str) -> Iterator[MlflowServer]:
-    """A server on the store of the test."""
-    server = MlflowServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
 def test_over_sqlite_one_of_many_movers_wins_each_move_also_after_one_was_killed(store: str, tmp_path: Path) -> None:
     _race(store, store, tmp_path)
 
@@ -130,6 +120,7 @@ def test_over_sqlite_one_of_many_movers_wins_each_move_also_after_one_was_killed
 def test_over_http_one_of_many_movers_wins_each_move_also_after_one_was_killed(
     store: str, server: MlflowServer, tmp_path: Path
 ) -> None:
+    server.start()
     _race(server.uri, store, tmp_path)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from plain_mlflow import said_elsewhere
 from small_world import World
 
 from digseg.errors import DigSegError
@@ -53,18 +51,8 @@ def test_plain_mlflow_refuses_a_package_with_a_changed_bit_and_names_the_file(wo
     assert {"artifacts/digests.json", "artifacts/model/digseg.json", *weights} <= set(names)
     # The first is code that Python would stumble over if it were imported before it was checked.
     names = ["code/digseg/evaluation/inference.py", *names, "code/digseg/registry/table.py", "pyfunc_model.py"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", TAMPERER, world.tracking_uri, str(directory), *names],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    arguments = [world.tracking_uri, str(directory), *names]
+    said = json.loads(said_elsewhere(TAMPERER, arguments, tmp_path, timeout_s=600)[-1])
     assert list(said) == names
     assert {name: text for name, text in said.items() if str(directory / name) not in text} == {}
 

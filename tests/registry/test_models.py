@@ -5,11 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -21,6 +17,7 @@ from mlflow.pyfunc.scoring_server import infer_and_parse_data
 from mlflow.tracking import MlflowClient
 from mlflow_server import MlflowServer
 from PIL import Image
+from plain_mlflow import said_elsewhere
 from small_world import VOCABULARY, World, picture_bytes
 
 from digseg.config import PredictionConfig, TrackingConfig
@@ -226,18 +223,7 @@ def test_a_store_that_fails_in_the_middle_of_a_registration_is_a_clear_error(
 def test_plain_mlflow_loads_the_champion_and_predicts_as_the_predictor_does(world: World, tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(PICTURE)
     arguments = [world.tracking_uri, str(tmp_path / "picture.png"), str(tmp_path / "mask.png")]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", LOADER, *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    classes, source, loaded = result.stdout.splitlines()[-3:]
+    classes, source, loaded = said_elsewhere(LOADER, arguments, tmp_path)[-3:]
     assert classes == "['background', 'road', 'car']"
     assert loaded == "[]"
     # The code is that of the registered version, not of whatever is installed.
@@ -301,24 +287,16 @@ def test_bad_rows_are_named(model: mlflow.pyfunc.PyFuncModel) -> None:
             model.predict(table)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A real tracking server with an empty store."""
-    server = MlflowServer(tmp_path)
-    server.start()
-    yield server.uri
-    server.stop()
-
-
 def test_a_tracking_server_keeps_runs_and_models(
-    server: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+    server: MlflowServer, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIGSEG_CACHE", str(tmp_path / "cache"))
+    server.start()
     with pytest.raises(DigSegError, match="no model is registered"):
-        resolve("models:/digseg@champion", server)
+        resolve("models:/digseg@champion", server.uri)
     values = world.config.model_dump(mode="json")
     config = type(world.config).model_validate(
-        {**values, "run": {**values["run"], "storage": str(tmp_path)}, "tracking": {"uri": server}}
+        {**values, "run": {**values["run"], "storage": str(tmp_path)}, "tracking": {"uri": server.uri}}
     )
     run = MlflowRun(config)
     run.start(config.model_dump(mode="json"), {})
@@ -327,9 +305,9 @@ def test_a_tracking_server_keeps_runs_and_models(
     model = register_model(world.model_dir, config, run_id=run.run_id, alias="champion")
     assert (model.version, model.alias) == (1, "champion")
 
-    first, _ = resolve("models:/digseg@champion", server)
+    first, _ = resolve("models:/digseg@champion", server.uri)
     assert first.is_relative_to(tmp_path / "cache")
     assert directory_digest(first) == directory_digest(world.model_dir)
-    again, _ = resolve("models:/digseg/1", server)
+    again, _ = resolve("models:/digseg/1", server.uri)
     assert again == first
     assert Predictor.load(first).predict(decode_image(PICTURE, "x"), VOCABULARY).classes == VOCABULARY

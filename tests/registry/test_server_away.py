@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 
@@ -19,13 +18,6 @@ from digseg.registry.store import StoreAwayError
 from digseg.registry.tracking import MlflowRun
 
 LOG_S = 15.0  # what logging of many steps may take on a busy machine; MLflow's retries take seconds for each
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path)
-    yield server
-    server.stop()
 
 
 def _started(config: Config) -> MlflowRun:
