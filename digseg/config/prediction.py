@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from digseg.config.section import NonNegative, Positive, Section
+from digseg.config.section import NonNegative, Positive, Section, Template
 
 
 class PredictionConfig(Section):
@@ -15,7 +15,7 @@ class PredictionConfig(Section):
     short_side: Annotated[int, Field(ge=16)] | None = None  # px that the shorter side of an image is brought to
     # Classes of a pass beside the background: 1 asks for each class in a pass of its own; None: as many as fit
     classes_per_pass: Positive | None = None
-    templates: Annotated[tuple[str, ...], Field(min_length=1)] = ("{}",)  # a class is asked as the mean over these
+    templates: Annotated[tuple[Template, ...], Field(min_length=1)] = ("{}",)  # a class is asked as the mean over these
     window: Annotated[int, Field(ge=16)] | None = None  # px: side of the windows an image is cut into; None: not cut
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.25  # share of a window that it has in common with the next
     # Of a model of the multi-step objective: DDIM steps (None: 10), the seed of the noise it starts from, and how many
@@ -23,11 +23,3 @@ class PredictionConfig(Section):
     steps: Annotated[int, Field(ge=1, le=50)] | None = None
     seed: NonNegative = 0
     ensemble: Positive = 1
-
-    @field_validator("templates")
-    @classmethod
-    def _templates_have_one_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
-        for template in templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"{template!r} needs one {{}} where the class name goes, as in 'a photo of a {{}}'")
-        return templates

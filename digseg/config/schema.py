@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from digseg.config.model import ModelConfig
-from digseg.config.section import Location, NonNegative, Positive, Section, Unit
+from digseg.config.section import Location, NonNegative, Positive, Section, Template, Unit
+from digseg.errors import nearest
 
 BACKGROUND = "background"  # the class of what is none of the others
 
@@ -111,12 +112,34 @@ class MixtureEntry(CorpusSplit):
 class QueriesConfig(Section):
     """How the set of class names asked of a training sample is drawn."""
 
-    sub_vocabulary_p: Unit = 0.25  # a sample's query is a random part of its corpus' vocabulary
+    # Query dropout: a sample's query is a random part of its corpus' vocabulary, the rest of it becomes background
+    sub_vocabulary_p: Unit = 0.25
     foreign_p: Unit = 0.4  # a sub-vocabulary also asks for classes of other domains, which are absent
     foreground_p: Unit = 0.8  # a sub-vocabulary of a one-foreground corpus keeps that class
     max_foreign: Positive = 3
     max_classes: Annotated[int, Field(ge=2)] = 64  # slots of one query
     palette_size: Annotated[int, Field(ge=2, le=64)] = 64
+    # Wordings, so that classes are known by more than their names: corpus -> class -> other words for it
+    synonyms: dict[str, dict[str, Annotated[list[str], Field(min_length=1)]]] = {}
+    synonym_p: Unit = 0.5  # a class that has synonyms is asked for by one of them
+    templates: list[Template] = []  # texts around a name, such as "a photo of a {}"
+    template_p: Unit = 0.5  # all names of a query are put into one of the templates
+
+    @model_validator(mode="after")
+    def _wordings_are_told_apart(self) -> Self:
+        for corpus, classes in self.synonyms.items():
+            owner: dict[str, str] = {}
+            for name, wordings in classes.items():
+                for wording in wordings:
+                    if not wording.strip():
+                        raise ValueError(f"synonyms: {corpus}: {name!r} has an empty wording; remove it")
+                    if wording.lower() in owner:
+                        raise ValueError(
+                            f"synonyms: {corpus}: {wording!r} is given for {owner[wording.lower()]!r} and again for "
+                            f"{name!r}; give each wording once"
+                        )
+                    owner[wording.lower()] = name
+        return self
 
     @model_validator(mode="after")
     def _fits_palette(self) -> Self:
@@ -175,6 +198,10 @@ class DataConfig(Section):
                     f"{corpus.weight:g}: a mixture follows one or the other; drop temperature or all weights"
                 )
             seen.add((corpus.name, corpus.split))
+        names = {corpus.name for corpus in self.corpora}
+        for name in self.queries.synonyms:
+            if name not in names:
+                raise ValueError(f"queries.synonyms: {name!r} is not among the corpora{nearest(name, names)}")
         return self
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -23,6 +23,16 @@ class _WeightsMark(_LocationMark):
 
 Location = Annotated[str, Field(min_length=1), _LocationMark()]
 Weights = Annotated[str, Field(min_length=1), _WeightsMark()]
+
+
+def _has_one_place(template: str) -> str:
+    if template.count("{}") != 1:
+        raise ValueError(f"{template!r} needs one {{}} where the class name goes, as in 'a photo of a {{}}'")
+    return template
+
+
+# A wording around a class name
+Template = Annotated[str, AfterValidator(_has_one_place)]
 
 
 def is_hub_id(source: str) -> bool:

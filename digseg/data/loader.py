@@ -38,7 +38,7 @@ class Batch:
 
     images [B, 3, H, W] and labels [B, H, W] (slot in the row's query, 255 = ignored) are uint8, a quarter and an eighth
     of what would else go from process to process and to a GPU; :meth:`to` makes them float32 in [-1, 1] and int64;
-    query_ids int64 [B, K] into the table of names, -1 where padded; colour_ids int64 [B, K] into the palette, 0 where
+    query_ids int64 [B, K] into the table of texts, -1 where padded; colour_ids int64 [B, K] into the palette, 0 where
     padded; class_weights float32 [B, K], 1 where padded or foreign; positions int64 [B], always on the CPU; latents
     float16 [B, C, h, w] of the images, None where they are not stored; keys are ``corpus/split/key``; corrupt says of
     samples that could not be read and were replaced (by such a key) why.
@@ -254,13 +254,13 @@ def _batch(
     for place, sample in enumerate(samples):
         images.numpy()[place], labels.numpy()[place] = sample.image, sample.labels
     exponent, maximum = config.objective.balance_exponent, config.objective.balance_max
-    size, slots = len(samples), max(len(sample.query.name_ids) for sample in samples)
+    size, slots = len(samples), max(len(sample.query.text_ids) for sample in samples)
     query_ids = np.full((size, slots), -1, dtype=np.int64)
     colour_ids = np.zeros((size, slots), dtype=np.int64)
     weights = np.ones((size, slots), dtype=np.float32)
     for row, sample in enumerate(samples):
-        used = len(sample.query.name_ids)
-        query_ids[row, :used] = sample.query.name_ids
+        used = len(sample.query.text_ids)
+        query_ids[row, :used] = sample.query.text_ids
         colour_ids[row, :used] = sample.query.colour_ids
         weights[row, :used] = class_weights(sample.query.frequencies, exponent, maximum)
     return Batch(

@@ -3,12 +3,13 @@
 A query is drawn from the corpus' vocabulary alone, before the mask is seen: a class keeps its slot whether
 or not the crop shows it, else the set of names would tell the answer. Some queries are random
 sub-vocabularies, where the pixels of dropped classes become background, and some ask for *foreign* classes
-that cannot be visible, so that a name without its object is learned to be empty.
+that cannot be visible, so that a name without its object is learned to be empty. What its classes are called is
+drawn last (:mod:`digseg.data.wordings`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,23 +18,25 @@ import numpy.typing as npt
 
 from digseg.config.schema import BACKGROUND, QueriesConfig
 from digseg.data.format import Manifest
+from digseg.data.wordings import Ids, Synonyms, class_names, name_table, put_into_words, unambiguous
 
 IGNORE_SLOT = 255
-
-Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class QueryVocabulary:
     """A corpus' classes as ids of the table of all names, and the foreign names it may be asked for.
 
-    ``background_class`` is the vocabulary's own background class, or None where it has none.
+    ``background_class`` is the vocabulary's own background class, or None where it has none; ``synonym_ids`` are
+    the other wordings, by the id of the name, where there are any; ``num_names`` is the size of the table.
     """
 
     name_ids: Ids
     background_class: int | None
     background_name_id: int
     foreign_name_ids: Ids
+    synonym_ids: Mapping[int, Ids]
+    num_names: int
     mask_values: int
 
     @cached_property
@@ -47,39 +50,50 @@ class QueryVocabulary:
 class Query:
     """K slots. A slot's place says nothing: slots are shuffled.
 
-    ``name_ids`` int64 [K] into the table of names, ``colour_ids`` int64 [K] into the palette, no colour
+    ``text_ids`` int64 [K] into the table of texts, ``colour_ids`` int64 [K] into the palette, no colour
     twice; ``label_map`` uint8 [256 or 65536]: mask value -> slot, 255 where ignored; ``frequencies``
     float64 [K]: share of the corpus' labelled training pixels in the slot, -1 for foreign slots.
     """
 
-    name_ids: Ids
+    text_ids: Ids
     colour_ids: Ids
     label_map: npt.NDArray[np.uint8]
     frequencies: npt.NDArray[np.float64]
 
 
-def name_table(manifests: Sequence[Manifest]) -> tuple[str, ...]:
-    """All class names of the corpora and ``background``, sorted."""
-    return tuple(sorted({BACKGROUND}.union(*(manifest.vocabulary for manifest in manifests))))
-
-
-def query_vocabulary(manifest: Manifest, manifests: Sequence[Manifest], names: Sequence[str]) -> QueryVocabulary:
+def query_vocabulary(
+    manifest: Manifest, manifests: Sequence[Manifest], names: Sequence[str], synonyms: Synonyms
+) -> QueryVocabulary:
     """The query vocabulary of one corpus of a mixture.
 
     A name is foreign if some corpus of *another* domain has it and it can not be visible here: it is not in
     the vocabulary, not in ``may_contain``, and no corpus of the same domain has it (two corpora of a domain
-    often have two words for one thing).
+    often have two words for one thing), nor any of these as a synonym. Foreign names go by their synonyms too, as a
+    wording would else tell that the class is one of the image's own corpus.
+
+    Args:
+        names: the table of names.
     """
     position = {name: number for number, name in enumerate(names)}
-    visible = {BACKGROUND, *manifest.vocabulary, *manifest.may_contain}
-    visible.update(*(other.vocabulary for other in manifests if other.domain == manifest.domain))
-    foreign = [position[name] for name in names if name not in visible]
+    visible = {BACKGROUND, *manifest.may_contain}
+    for other in manifests:
+        if other.domain == manifest.domain:
+            visible.update(other.vocabulary, *synonyms.get(other.corpus, {}).values())
+    known = class_names(manifests)
+    foreign = [name for name in known if name not in visible]
+    wordings = {**unambiguous(synonyms, foreign, visible.union(known)), **synonyms.get(manifest.corpus, {})}
     own = manifest.vocabulary
+
+    def ids(words: Iterable[str]) -> Ids:
+        return np.array([position[word] for word in words], dtype=np.int64)
+
     return QueryVocabulary(
-        name_ids=np.array([position[name] for name in own], dtype=np.int64),
+        name_ids=ids(own),
         background_class=own.index(BACKGROUND) if BACKGROUND in own else None,
         background_name_id=position[BACKGROUND],
-        foreign_name_ids=np.array(foreign, dtype=np.int64),
+        foreign_name_ids=ids(foreign),
+        synonym_ids={position[name]: ids(words) for name, words in wordings.items() if words},
+        num_names=len(names),
         mask_values=manifest.ignore_id + 1,
     )
 
@@ -93,11 +107,9 @@ def class_frequencies(manifest: Manifest) -> npt.NDArray[np.float64]:
 
 def largest_query(settings: QueriesConfig, manifests: Sequence[Manifest]) -> int:
     """Slots of the largest query that a mixture may draw; the most that any may where nothing is known of it."""
-    names = name_table(manifests)
-    sizes = [
-        len(one.vocabulary) + min(settings.max_foreign, len(query_vocabulary(one, manifests, names).foreign_name_ids))
-        for one in manifests
-    ]
+    names, synonyms = name_table(manifests, settings.synonyms), settings.synonyms
+    vocabularies = [query_vocabulary(one, manifests, names, synonyms) for one in manifests]
+    sizes = [len(one.name_ids) + min(settings.max_foreign, len(one.foreign_name_ids)) for one in vocabularies]
     return min(settings.max_classes, max(sizes, default=settings.max_classes))
 
 
@@ -135,7 +147,8 @@ def draw_query(
     shuffled = np.empty_like(name_ids)
     shuffled[slot_of] = name_ids
     colours = rng.permutation(settings.palette_size)[: len(name_ids)]
-    return Query(shuffled, colours.astype(np.int64), label_map, slot_frequencies)
+    text_ids = put_into_words(shuffled, vocabulary.synonym_ids, vocabulary.num_names, settings, rng)
+    return Query(text_ids, colours.astype(np.int64), label_map, slot_frequencies)
 
 
 def class_weights(frequencies: npt.NDArray[np.float64], exponent: float, maximum: float) -> npt.NDArray[np.float32]:

@@ -21,8 +21,9 @@ from digseg.data.latent_source import LatentSource
 from digseg.data.latents import LATENTS_CODE, Latents
 from digseg.data.mixture import GlobalOrder, Place, temperature_weights
 from digseg.data.order import WindowedOrder, mix64
-from digseg.data.queries import Query, class_frequencies, draw_query, name_table, query_vocabulary
+from digseg.data.queries import Query, class_frequencies, draw_query, query_vocabulary
 from digseg.data.transform_settings import TransformSettings
+from digseg.data.wordings import check_synonyms, name_table
 from digseg.errors import DigSegError
 
 # Independent random streams of one position: the query must not change with the image's size.
@@ -60,7 +61,7 @@ class TrainingData:
     """The mixture of sharded corpora that a run trains on.
 
     Raises:
-        DigSegError: shards are missing or damaged.
+        DigSegError: shards are missing or damaged, or synonyms are of classes that they do not have.
     """
 
     def __init__(self, config: DataConfig, seed: int) -> None:
@@ -74,11 +75,13 @@ class TrainingData:
             for entry in config.corpora
         ]
         self.manifests = tuple(corpus.manifest for corpus in self._corpora)
-        self.names = name_table(self.manifests)
+        synonyms = config.queries.synonyms
+        check_synonyms(synonyms, self.manifests)
+        self.names = name_table(self.manifests, synonyms)
         self.class_frequency = tuple(class_frequencies(manifest) for manifest in self.manifests)
         orders = [corpus.shuffled(window) for corpus in self._corpora]
         self.order = GlobalOrder(orders, _weights(config, orders), seed)
-        self._vocabularies = [query_vocabulary(m, self.manifests, self.names) for m in self.manifests]
+        self._vocabularies = [query_vocabulary(m, self.manifests, self.names, synonyms) for m in self.manifests]
         self._transforms = [
             TransformSettings.of(config, entry, manifest.domain)
             for entry, manifest in zip(config.corpora, self.manifests, strict=True)

@@ -45,11 +45,12 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextTable:
-    """Standardised embeddings of a vocabulary; row i belongs to ``names[i]``."""
+    """Standardised embeddings of N names, then of all of them in each of T templates: row t * N + i is that of
+    ``names[i]``, bare for t = 0."""
 
     names: tuple[str, ...]
-    embeddings: Tensor  # float32 [N, dim]
-    mean: Tensor  # float32 [dim], of the training vocabulary's raw embeddings
+    embeddings: Tensor  # float32 [(1 + T) * N, dim]
+    mean: Tensor  # float32 [dim], of the bare names' raw embeddings
 
 
 def load_text_encoder(config: ModelConfig) -> TextEncoder:
@@ -65,10 +66,14 @@ def load_text_encoder(config: ModelConfig) -> TextEncoder:
     return CLIPText.load(path, "model.text.path", config.pickled_weights)
 
 
-def build_text_table(names: Sequence[str], encoder: TextEncoder) -> TextTable:
-    """Embed ``names``, centre on their mean and rescale. Embeddings are kept on disk (see digseg.model.text_cache)."""
-    raw = cached_embeddings(names, encoder)
-    mean = raw.mean(0)
+def build_text_table(names: Sequence[str], encoder: TextEncoder, templates: Sequence[str] = ()) -> TextTable:
+    """Embed ``names``, bare and in each template, centre on the mean of the bare ones and rescale.
+
+    Embeddings are kept on disk (see digseg.model.text_cache).
+    """
+    texts = [*names, *(template.replace("{}", name) for template in templates for name in names)]
+    raw = cached_embeddings(texts, encoder)
+    mean = raw[: len(names)].mean(0)
     return TextTable(tuple(names), standardise(raw, mean), mean)
 
 

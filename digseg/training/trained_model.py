@@ -26,7 +26,7 @@ class TrainedModel:
     def __init__(self, config: Config, names: Sequence[str]) -> None:
         self._config = config
         self._encoder = load_text_encoder(config.model)
-        self._table = build_text_table(names, self._encoder)
+        self._table = build_text_table(names, self._encoder, config.data.queries.templates)
         self.segmenter = build_segmenter(config, self._encoder)
         self.segmenter.pathway.text_mean.copy_(self._table.mean)
         apply_switches(self.segmenter, config.training)

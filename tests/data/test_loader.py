@@ -22,6 +22,7 @@ from digseg.errors import DigSegError
 
 SHORE = ("sand", "rock", "moss")
 CELLS = ("background", "nucleus")
+WORDINGS = {"synonyms": {"shore": {"moss": ["lichen"]}, "cells": {"nucleus": ["cell core"]}}, "templates": ["some {}"]}
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +37,15 @@ def config(root: Path, batch: int = 8, **data: object) -> Config:
     return data_config(root, [{"name": "shore", "weight": 2}, {"name": "cells"}], batch, **data)
 
 
+_TEXTS = 4
+
+
 def batches(config: Config, rank: int = 0, world_size: int = 1, start: int = 0, steps: int = 4) -> list[Batch]:
     return list(training_batches(TrainingData(config.data, seed=3), config, rank, world_size, start, steps))
 
 
-def rows(batch: Batch) -> list[tuple[object, ...]]:
-    """Everything of each sample but the padding, which depends on its neighbours."""
+def rows(batch: Batch) -> list[tuple[Any, ...]]:
+    """Everything of each sample but the padding, which depends on its neighbours; texts are at ``_TEXTS``."""
     used = (batch.query_ids >= 0).sum(dim=1)
     return [
         (
@@ -58,9 +62,12 @@ def rows(batch: Batch) -> list[tuple[object, ...]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root: Path) -> list[tuple[object, ...]]:
-    """What 16 steps of one process see: several epochs of both corpora."""
-    return order_of(root, [Stretch(16, 1)])
+def undisturbed(root: Path) -> list[tuple[Any, ...]]:
+    """What 16 steps of one process see: several epochs of both corpora, in all wordings."""
+    found = order_of(root, [Stretch(16, 1)])
+    asked = {text for row in found for text in row[_TEXTS]}
+    assert asked == set(range(2 * len(TrainingData(config(root, queries=WORDINGS).data, seed=3).names)))
+    return found
 
 
 def test_batch_has_the_promised_shapes_and_ranges(root: Path) -> None:
@@ -98,11 +105,11 @@ class Stretch:
     workers: int = 0
 
 
-def order_of(root: Path, stretches: Sequence[Stretch]) -> list[tuple[object, ...]]:
+def order_of(root: Path, stretches: Sequence[Stretch]) -> list[tuple[Any, ...]]:
     """All that is trained on, in order, by a run that starts anew for every stretch, with nothing but its step."""
     found, step = [], 0
     for stretch in stretches:
-        run = config(root, workers=stretch.workers, batch=12)
+        run = config(root, workers=stretch.workers, batch=12, queries=WORDINGS)
         ranks = [batches(run, rank, stretch.ranks, step, stretch.steps) for rank in range(stretch.ranks)]
         found += [row for parts in zip(*ranks, strict=True) for batch in parts for row in rows(batch)]
         step += stretch.steps
@@ -112,7 +119,7 @@ def order_of(root: Path, stretches: Sequence[Stretch]) -> list[tuple[object, ...
 @settings(max_examples=12)
 @given(stretches=st.lists(st.builds(Stretch, st.integers(0, 4), st.sampled_from([1, 2, 3, 4])), min_size=2, max_size=4))
 def test_interrupted_run_sees_the_samples_of_an_undisturbed_one_in_order(
-    undisturbed: list[tuple[object, ...]], root: Path, stretches: list[Stretch]
+    undisturbed: list[tuple[Any, ...]], root: Path, stretches: list[Stretch]
 ) -> None:
     found = order_of(root, stretches)
     assert found == undisturbed[: len(found)]
@@ -121,7 +128,7 @@ def test_interrupted_run_sees_the_samples_of_an_undisturbed_one_in_order(
 @pytest.mark.cluster
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_number_of_loader_processes_changes_nothing_over_two_resumes(
-    undisturbed: list[tuple[object, ...]], root: Path
+    undisturbed: list[tuple[Any, ...]], root: Path
 ) -> None:
     found = order_of(root, [Stretch(1, 1), Stretch(3, 1, workers=1), Stretch(2, 2), Stretch(6, 1, workers=4)])
     assert found == undisturbed[: len(found)]

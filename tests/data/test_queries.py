@@ -4,64 +4,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mixtures import ALL, CELLS, STREET, TILES, WIDE
 
 from digseg.config import QueriesConfig
-from digseg.data.format import FORMAT_VERSION, Manifest, Statistics, ignore_id
+from digseg.data.format import Manifest
 from digseg.data.queries import (
     Query,
     QueryVocabulary,
     class_frequencies,
     class_weights,
     draw_query,
-    name_table,
     query_vocabulary,
 )
+from digseg.data.wordings import name_table
 
-
-def manifest(
-    corpus: str,
-    domain: str,
-    vocabulary: tuple[str, ...],
-    may_contain: tuple[str, ...] = (),
-    pixels: tuple[int, ...] | None = None,
-) -> Manifest:
-    pixels = pixels or tuple(100 * (place + 1) for place in range(len(vocabulary)))
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        corpus=corpus,
-        domain=domain,
-        split="train",
-        licence="none",
-        vocabulary=vocabulary,
-        may_contain=may_contain,
-        ignore_id=ignore_id(len(vocabulary)),
-        samples=1,
-        rejected=0,
-        rejected_sha256="0" * 64,
-        shards=(),
-        statistics=Statistics(
-            class_pixels=pixels,
-            class_images=pixels,
-            ignore_pixels=0,
-            min_height=1,
-            max_height=1,
-            min_width=1,
-            max_width=1,
-        ),
-    )
-
-
-STREET = manifest("street", "natural", ("road", "car", "sky", "person"), may_contain=("building",))
-TOWN = manifest("town", "natural", ("house", "lamp"))
-CELLS = manifest("cells", "medical", ("background", "nucleus"))
-TILES = manifest("tiles", "remote_sensing", ("background", "building", "field", "water"), may_contain=("road", "car"))
-WIDE = manifest("wide", "agriculture", tuple(f"plant {number}" for number in range(300)))
-ALL = [STREET, TOWN, CELLS, TILES, WIDE]
-NAMES = name_table(ALL)
+NAMES = name_table(ALL, {})
 
 
 def drawn(source: Manifest, seed: int, **settings: float) -> tuple[QueryVocabulary, Query]:
-    vocabulary = query_vocabulary(source, ALL, NAMES)
+    vocabulary = query_vocabulary(source, ALL, NAMES, {})
     query = draw_query(
         vocabulary,
         class_frequencies(source),
@@ -72,19 +33,19 @@ def drawn(source: Manifest, seed: int, **settings: float) -> tuple[QueryVocabula
 
 
 def query_names(query: Query) -> list[str]:
-    return [NAMES[name_id] for name_id in query.name_ids]
+    return [NAMES[name_id] for name_id in query.text_ids]
 
 
 def test_name_table_holds_all_names_and_background_sorted() -> None:
-    assert name_table([STREET]) == ("background", "car", "person", "road", "sky")
+    assert name_table([STREET], {}) == ("background", "car", "person", "road", "sky")
 
 
 @given(source=st.sampled_from(ALL), seed=st.integers(0, 2**32), sub_vocabulary=st.sampled_from([0.0, 0.5, 1.0]))
 def test_slots_have_distinct_names_and_distinct_colours(source: Manifest, seed: int, sub_vocabulary: float) -> None:
     _, query = drawn(source, seed, sub_vocabulary_p=sub_vocabulary)
-    assert 1 <= len(query.name_ids) <= 64
-    assert len(set(query.name_ids.tolist())) == len(query.name_ids)
-    assert len(set(query.colour_ids.tolist())) == len(query.colour_ids) == len(query.name_ids)
+    assert 1 <= len(query.text_ids) <= 64
+    assert len(set(query.text_ids.tolist())) == len(query.text_ids)
+    assert len(set(query.colour_ids.tolist())) == len(query.colour_ids) == len(query.text_ids)
     assert query.colour_ids.min() >= 0
     assert query.colour_ids.max() < 64
 
@@ -149,9 +110,9 @@ def test_share_of_sub_vocabularies_is_what_the_config_says() -> None:
 
 def test_slots_and_colours_are_redrawn_for_every_sample() -> None:
     queries = [drawn(STREET, seed, sub_vocabulary_p=0.0)[1] for seed in range(200)]
-    for name_id in queries[0].name_ids:
-        slots = {query.name_ids.tolist().index(name_id) for query in queries}
-        colours = {int(query.colour_ids[query.name_ids.tolist().index(name_id)]) for query in queries}
+    for name_id in queries[0].text_ids:
+        slots = {query.text_ids.tolist().index(name_id) for query in queries}
+        colours = {int(query.colour_ids[query.text_ids.tolist().index(name_id)]) for query in queries}
         assert slots == set(range(4))
         assert len(colours) > 50
 
@@ -180,11 +141,11 @@ def test_frequencies_of_the_slots_add_up_to_the_corpus(source: Manifest, seed: i
 
 
 def test_corpus_alone_has_no_foreign_names_and_still_a_class_to_find() -> None:
-    vocabulary = query_vocabulary(CELLS, [CELLS], name_table([CELLS]))
+    vocabulary = query_vocabulary(CELLS, [CELLS], name_table([CELLS], {}), {})
     settings = QueriesConfig(sub_vocabulary_p=1.0)
     for seed in range(50):
         query = draw_query(vocabulary, np.array([0.8, 0.2]), settings, np.random.default_rng(seed))
-        assert len(query.name_ids) == 2
+        assert len(query.text_ids) == 2
 
 
 def test_class_weights_by_hand() -> None:

@@ -41,6 +41,14 @@ def test_the_table_is_centred_and_of_unit_variance(minilm: TextEncoder) -> None:
     assert torch.allclose(standardise(minilm.encode(["road"]), table.mean)[0], table.embeddings[1], atol=1e-4)
 
 
+def test_names_in_templates_follow_the_bare_ones_and_are_centred_as_at_prediction(minilm: TextEncoder) -> None:
+    bare, table = (build_text_table(["car", "sky"], minilm, templates) for templates in ([], ["a {}", "one {} here"]))
+    assert table.names == ("car", "sky")
+    assert torch.allclose(table.mean, bare.mean, atol=1e-6)
+    texts = ["car", "sky", "a car", "a sky", "one car here", "one sky here"]
+    assert torch.allclose(table.embeddings, standardise(minilm.encode(texts), bare.mean), atol=1e-4)
+
+
 def test_changed_minilm_weights_are_refused(tmp_path: Path) -> None:
     shutil.copytree(minilm_directory(), tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
