@@ -119,6 +119,8 @@ class QueriesConfig(Section):
     max_foreign: Positive = 3
     max_classes: Annotated[int, Field(ge=2)] = 64  # slots of one query
     palette_size: Annotated[int, Field(ge=2, le=64)] = 64
+    # false: in the order of the vocabulary, as prediction gives them: a class of a corpus then mostly has the same
+    random_colours: bool = True
     # Wordings, so that classes are known by more than their names: corpus -> class -> other words for it
     synonyms: dict[str, dict[str, Annotated[list[str], Field(min_length=1)]]] = {}
     synonym_p: Unit = 0.5  # a class that has synonyms is asked for by one of them

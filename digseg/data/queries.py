@@ -146,7 +146,11 @@ def draw_query(
 
     shuffled = np.empty_like(name_ids)
     shuffled[slot_of] = name_ids
-    colours = rng.permutation(settings.palette_size)[: len(name_ids)]
+    if settings.random_colours:
+        colours = rng.permutation(settings.palette_size)[: len(name_ids)]
+    else:
+        colours = np.empty_like(name_ids)
+        colours[slot_of] = _colours_in_order(kept, len(foreign), vocabulary, has_background)
     text_ids = put_into_words(shuffled, vocabulary.synonym_ids, vocabulary.num_names, settings, rng)
     return Query(text_ids, colours.astype(np.int64), label_map, slot_frequencies)
 
@@ -180,6 +184,18 @@ def _draw_classes(vocabulary: QueryVocabulary, settings: QueriesConfig, rng: np.
     # Without a single name but the background there would be nothing to decide.
     keep = rng.random() < settings.foreground_p or num_foreign == 0
     return foreground if keep else foreground[:0], num_foreign
+
+
+def _colours_in_order(kept: Ids, num_foreign: int, vocabulary: QueryVocabulary, has_background: bool) -> Ids:
+    """The palette's first colours as prediction gives them to the same names: in the order of the vocabulary.
+
+    A background that is none of its classes comes first, foreign names last. The result follows the query's order
+    before its slots are shuffled: kept classes, foreign names, background.
+    """
+    background = -1 if vocabulary.background_class is None else vocabulary.background_class
+    foreign = len(vocabulary.name_ids) + np.arange(num_foreign)
+    order = np.concatenate([kept, foreign, [background] if has_background else []])
+    return order.argsort().argsort()
 
 
 def _within(kept: Ids, vocabulary: QueryVocabulary, max_classes: int, rng: np.random.Generator) -> Ids:

@@ -117,6 +117,27 @@ def test_slots_and_colours_are_redrawn_for_every_sample() -> None:
         assert len(colours) > 50
 
 
+def test_colours_that_are_not_random_are_those_of_prediction() -> None:
+    for source in (STREET, TILES):
+        for seed in range(100):
+            vocabulary, query = drawn(source, seed, random_colours=False, sub_vocabulary_p=0.5)
+            in_order = [NAMES[query.text_ids[slot]] for slot in query.colour_ids.argsort()]
+            own = [name for name in in_order if name in source.vocabulary]
+            assert own == sorted(own, key=source.vocabulary.index)
+            assert sorted(query.colour_ids) == list(range(len(in_order)))
+            foreign = [name for name in in_order if name not in (*source.vocabulary, "background")]
+            assert foreign == in_order[len(in_order) - len(foreign) :]
+            if vocabulary.background_class is None and "background" in in_order:
+                assert in_order[0] == "background"
+
+
+def test_colours_that_are_not_random_change_nothing_else() -> None:
+    for seed in range(50):
+        random, fixed = (drawn(TILES, seed, random_colours=one)[1] for one in (True, False))
+        np.testing.assert_array_equal(random.text_ids, fixed.text_ids)
+        np.testing.assert_array_equal(random.label_map, fixed.label_map)
+
+
 @given(seed=st.integers(0, 2**32))
 def test_vocabulary_above_the_limit_is_cut_by_chance_and_the_rest_is_background(seed: int) -> None:
     _, query = drawn(WIDE, seed, max_classes=16, sub_vocabulary_p=0.5)
