@@ -86,8 +86,9 @@ def _killed_after(new_files: int, job: list[str], out: Path) -> bool:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):  # one that ended with its parent
             process.send_signal(signal.SIGKILL)
+    killed = running.wait() == -signal.SIGKILL
     psutil.wait_procs(processes)
-    return running.wait() == -signal.SIGKILL
+    return killed
 
 
 def _count(out: Path) -> int:
