@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from digseg import __version__
+from digseg.cli_export import add_export
+from digseg.cli_files import check_file, write_file
 from digseg.cli_models import TRACKING_URI_HELP, add_models, add_promote
-from digseg.cli_prediction import add_prediction_options, prediction_settings
+from digseg.cli_prediction import (
+    MODEL_HELP,
+    add_class_options,
+    add_prediction_options,
+    asked_classes,
+    prediction_settings,
+)
 from digseg.console import say
 from digseg.errors import DigSegError, run_main
 
@@ -25,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"digseg {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_predict(commands)
+    add_export(commands)
     add_models(commands)
     add_promote(commands)
     _add_shards(commands)
@@ -44,12 +53,9 @@ def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Writes STEM.mask.png (ids), STEM.legend.json and STEM.overlay.png for each image.",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory")
-    classes = parser.add_mutually_exclusive_group(required=True)
-    classes.add_argument("--classes", help='names, perhaps with synonyms: "road=street|lane, car, sky"')
-    classes.add_argument("--classes-file", type=Path, metavar="FILE", help="YAML or JSON, such as an earlier legend")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    add_class_options(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
-    parser.add_argument("--background", action="store_true", help="add a class for everything not named")
     parser.add_argument("--tracking-uri", help=TRACKING_URI_HELP)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     add_prediction_options(parser)
@@ -84,11 +90,9 @@ def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from digseg.evaluation.classes import check_classes, parse_classes, read_classes
     from digseg.serving.predictor import check_files, predict_files
 
-    given = read_classes(options.classes_file) if options.classes_file else parse_classes(options.classes)
-    classes = check_classes(given, options.background)
+    classes = asked_classes(options)
     settings = prediction_settings(options)
     check_files(options.images, options.out, windowed=settings.window is not None)
 
@@ -117,13 +121,13 @@ def _device(name: str) -> str:
 
 def _lint_shards(options: argparse.Namespace) -> None:
     if options.duplicates:
-        _check_file("--duplicates", options.duplicates)
+        check_file("--duplicates", options.duplicates)
 
     from digseg.data.lint import lint_shards
 
     report = lint_shards(options.root)
     if options.duplicates:
-        _write_file("--duplicates", options.duplicates, "".join(g.to_line() for g in report.duplicates.groups))
+        write_file("--duplicates", options.duplicates, "".join(g.to_line() for g in report.duplicates.groups))
     for problem in report.problems:
         say(problem)
     _say_duplicates(report.duplicates)
@@ -155,25 +159,12 @@ def _say_duplicates(duplicates: Duplicates) -> None:
 def _show_shards(options: argparse.Namespace) -> None:
     if options.samples < 1:
         raise DigSegError(f"--samples is {options.samples}; it must be at least 1")
-    _check_file("--out", options.out)
+    check_file("--out", options.out)
 
     from digseg.evaluation.shard_page import shard_page
 
-    _write_file("--out", options.out, shard_page(options.root, options.samples))
+    write_file("--out", options.out, shard_page(options.root, options.samples))
     say(f"open {options.out} in a browser")
-
-
-def _check_file(option: str, path: Path) -> None:
-    """Whether a file can be made there, before long work is done for it."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise DigSegError(f"{option} {path}: give the name of a file in a folder that exists")
-
-
-def _write_file(option: str, path: Path, content: str) -> None:
-    try:
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise DigSegError(f"{option} {path} cannot be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

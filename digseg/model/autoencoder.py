@@ -100,13 +100,11 @@ class KLAutoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        self.vae.to(images.device)
-        mean: Tensor = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean
+        mean: Tensor = self._vae_on(images.device).encode(images.to(self.vae.dtype)).latent_dist.mean
         return mean.to(images.dtype) * self._scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        self.vae.to(latents.device)
-        image: Tensor = self.vae.decode((latents / self._scale).to(self.vae.dtype)).sample
+        image: Tensor = self._vae_on(latents.device).decode((latents / self._scale).to(self.vae.dtype)).sample
         return image.to(latents.dtype)
 
     def compose(self, weights: Tensor, colours: Tensor) -> Tensor:
@@ -116,6 +114,10 @@ class KLAutoencoder:
         area = F.avg_pool2d(weights, self.factor)
         return torch.einsum("bkhw,bkc->bchw", area, cells)
 
+    def _vae_on(self, device: torch.device) -> Any:
+        # Left alone where it is in place: while a program is traced, weights cannot be exchanged.
+        return self.vae if self.vae.device == device else self.vae.to(device)
+
     def _encoded_palette(self, device: torch.device) -> Tensor:
         """The latents of flat images of all palette colours, float32 ``[64, channels]``, encoded once a device."""
         if self._palette_cells is None or self._palette_cells.device != device:
@@ -123,7 +125,7 @@ class KLAutoencoder:
             flat = palette().to(device)[:, :, None, None].expand(-1, -1, side, side)
             # The cells serve training too, and at full precision, whatever first asked for them.
             with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-                self._palette_cells = self.encode(flat.contiguous())[:, :, 4, 4]
+                self._palette_cells = self.encode(flat.contiguous())[:, :, 4, 4].contiguous()
         return self._palette_cells
 
 

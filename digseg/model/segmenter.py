@@ -102,7 +102,7 @@ class Segmenter(nn.Module):
     def _denoised(self, image_latents: Tensor, tokens: Tensor, mask: Tensor, noisy: NoisyMask | None) -> Tensor:
         if noisy is None:
             mask_latents = torch.zeros_like(image_latents)
-            timesteps = torch.full((len(image_latents),), self.final_timestep, device=image_latents.device)
+            timesteps = torch.full((image_latents.shape[0],), self.final_timestep, device=image_latents.device)
         else:
             mask_latents, timesteps = noisy.latents.to(image_latents.dtype), noisy.timesteps
         denoised: Tensor = self.unet(
