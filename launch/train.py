@@ -54,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def plan(config: Config, gpu: str, mfu: float, as_json: bool) -> None:
     """Say what the run would need; see :func:`digseg.training.plan.make_plan`."""
-    from digseg.model.text import load_text_encoder
+    from digseg.model.text import text_dim
     from digseg.training.plan import make_plan
     from launch.plan import show_plan
 
-    made = make_plan(config, load_text_encoder(config.model).dim, gpu, mfu)
+    made = make_plan(config, text_dim(config.model), gpu, mfu)
     if as_json:
         print(json.dumps(made.as_json(), indent=1))
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,18 +118,28 @@ class Predictor:
         return Prediction(mask, probabilities, tuple(query.name for query in queries))
 
     def predict_mask(
-        self, pixels: Pixels, classes: Sequence[str | ClassQuery], mask: NDArray[np.uint8 | np.uint16]
+        self,
+        pixels: Pixels,
+        classes: Sequence[str | ClassQuery],
+        mask: NDArray[np.uint8 | np.uint16],
+        tell: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Segment an image of any size, window by window, into ``mask [H, W]``, which may be a file mapped to memory.
 
         The mask is that of :meth:`predict`. Its type is that of :func:`digseg.evaluation.classes.ids_type`.
 
+        Args:
+            tell: called after each window with the share of the image that is done.
+
         Raises:
             DigSegError: as :meth:`predict` says, or a damaged image.
         """
         queries = check_classes(classes)
+        done = 0
         for place, slab in self._slabs(pixels, queries):
             mask[place] = _ids(slab)
+            done += slab[0].numel()
+            tell(done / mask.size)
 
     def passes(self, queries: Sequence[ClassQuery]) -> tuple[Pass, ...]:
         """The passes that an image takes through the U-Net for these classes."""

@@ -7,12 +7,39 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from torch import Tensor
 
 from digseg.errors import DigSegError
 
 _KEY = "model.attention"
-_PROCESSORS: dict[str, type] = {"sdpa": AttnProcessor2_0, "math": AttnProcessor, "xformers": XFormersAttnProcessor}
+_ALIGNMENT = 8  # entries of a mask's row: xformers reads 16 bytes at a time
+
+
+class AlignedXFormersProcessor(XFormersAttnProcessor):  # type: ignore[misc]
+    """xformers' kernels for any number of class tokens; see :func:`aligned_keys`."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *rest: Any,
+        **further: Any,
+    ) -> Tensor:
+        if encoder_hidden_states is not None and attention_mask is not None:
+            kind, dtype = hidden_states.device.type, hidden_states.dtype
+            computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+            encoder_hidden_states, attention_mask = aligned_keys(encoder_hidden_states, attention_mask, computed)
+        attended: Tensor = super().__call__(
+            attn, hidden_states, encoder_hidden_states, attention_mask, *rest, **further
+        )
+        return attended
+
+
+_PROCESSORS: dict[str, type] = {"sdpa": AttnProcessor2_0, "math": AttnProcessor, "xformers": AlignedXFormersProcessor}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +68,14 @@ def use_attention(unet: Any, asked: str, device: torch.device) -> AttentionKerne
     if used not in ([kernel.name], []):
         raise RuntimeError(f"attention kernel {kernel.name} was installed, but {used} are in use")
     return kernel
+
+
+def aligned_keys(tokens: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens ``[B, K, D]`` and what is added to their scores, ``[B, 1, K]``, as xformers' kernels take them: K padded
+    to a multiple of 8, the bias of the queries' ``dtype``. What is padded gets no attention."""
+    spare = -tokens.shape[1] % _ALIGNMENT
+    nothing = torch.finfo(dtype).min / 2  # not infinite, which a kernel may multiply by 0
+    return F.pad(tokens, (0, 0, 0, spare)), F.pad(bias.to(dtype), (0, spare), value=nothing)
 
 
 def attention_kernels(unet: Any) -> list[str]:

@@ -38,9 +38,12 @@ def build_unet(config: ModelConfig, latent_channels: int, shapes_only: bool = Fa
 
 
 def build_scheduler(config: ModelConfig) -> Any:
-    """The noise schedule: that of the pretrained checkpoint, else Stable Diffusion's on the clean sample."""
-    if config.pretrained is not None:
-        return load_scheduler(config.pretrained, _KEY)
+    """The noise schedule: that of the pretrained checkpoint, else one from scratch."""
+    return scheduler_from_scratch() if config.pretrained is None else load_scheduler(config.pretrained, _KEY)
+
+
+def scheduler_from_scratch() -> Any:
+    """Stable Diffusion's noise schedule, on the clean sample."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,

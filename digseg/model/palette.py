@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +13,6 @@ MAX_COLOURS = 64
 _LEVELS = 5  # candidates per channel: 5^3 = 125 colours
 
 
-@functools.cache
 def palette(num_colours: int = MAX_COLOURS) -> Tensor:
     """The first ``num_colours`` colours of the palette, float32 ``[num_colours, 3]`` in [-1, 1].
 
@@ -24,16 +25,22 @@ def palette(num_colours: int = MAX_COLOURS) -> Tensor:
     """
     if not 2 <= num_colours <= MAX_COLOURS:
         raise ValueError(f"num_colours must be between 2 and {MAX_COLOURS}, got {num_colours}")
-    # The result is cached: made during inference, it could not be used in training afterwards.
+    # What is made during inference could not be used in training afterwards.
     with torch.inference_mode(False):
-        axis = torch.linspace(-1.0, 1.0, _LEVELS)
-        candidates = torch.cartesian_prod(axis, axis, axis)
-        chosen = [0]
-        distance = (candidates - candidates[0]).square().sum(1)
-        while len(chosen) < num_colours:
-            chosen.append(int(distance.argmax()))
-            distance = torch.minimum(distance, (candidates - candidates[chosen[-1]]).square().sum(1))
-        return candidates[chosen].clone()
+        return torch.tensor(_colours()[:num_colours])
+
+
+@functools.cache
+def _colours() -> list[list[float]]:
+    axis = np.linspace(-1.0, 1.0, _LEVELS)
+    candidates = np.array(list(itertools.product(axis, axis, axis)))
+    chosen = [0]
+    distance = np.square(candidates - candidates[0]).sum(1)
+    while len(chosen) < MAX_COLOURS:
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.square(candidates - candidates[chosen[-1]]).sum(1))
+    colours: list[list[float]] = candidates[chosen].tolist()
+    return colours
 
 
 def colour_logits(painted: Tensor, colours: Tensor, mask: Tensor) -> Tensor:

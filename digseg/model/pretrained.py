@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 
 from digseg.config.section import is_hub_id
 from digseg.errors import DigSegError
+from digseg.model.releases import released
 
 HOW_TO_GET = (
     "give a diffusers directory of Stable Diffusion 1.5, 2.0 or 2.1, or its id on the Hugging Face hub "
@@ -45,10 +47,10 @@ TOKENIZER = Part("tokenizer", "", "tokenizer_config.json")
 SCHEDULER = Part("scheduler", "", "scheduler_config.json")
 
 
-def locate(source: str, part: Part, key: str, pickled: bool = False) -> Path:
+def locate(source: str, part: Part, key: str, pickled: bool = False, weights: bool = True) -> Path:
     """The folder of a part of ``source``, which is a checkpoint, the folder of the part itself, or a hub id.
 
-    Of a hub id the part is fetched into the hub's cache on this machine.
+    Of a hub id the part is fetched into the hub's cache on this machine; without ``weights``, its description alone.
 
     Raises:
         DigSegError: there is no such part; the text begins with ``key`` and says how to get weights.
@@ -57,7 +59,8 @@ def locate(source: str, part: Part, key: str, pickled: bool = False) -> Path:
     if not directory.is_dir():
         if not is_hub_id(source):
             raise DigSegError(f"{key} {source!r}: there is no such folder; {HOW_TO_GET}")
-        directory = _fetched(source, part, key, pickled)
+        files = part.files + ([f"{part.folder}/*.bin"] if pickled else [])
+        directory = _fetched(source, files if weights else [f"{part.folder}/{part.config}"], key)
     for folder in (directory / part.folder, directory):
         if (folder / part.config).is_file():
             return folder
@@ -82,12 +85,28 @@ def model_shapes(kind: Any, source: str, part: Part, key: str) -> Any:
     """A part of a checkpoint as its configuration describes it, without weights: on the meta device.
 
     Raises:
-        DigSegError: see :func:`locate`; or another kind of model is there.
+        DigSegError: there is no such part (a release of Stable Diffusion is known where the hub cannot be reached), or
+            another kind of model is there.
     """
-    folder = locate(source, part, key)
-    _check_kind(kind, folder / part.config, key)
+    found = _description(source, part, key)
+    if isinstance(found, Path):
+        _check_kind(kind, found, key)
+        found = kind.load_config(found.parent, local_files_only=True)
     with torch.device("meta"):
-        return kind.from_config(kind.load_config(folder, local_files_only=True))
+        return kind.from_config(found)
+
+
+def text_width(source: str, key: str) -> int:
+    """Entries of the embeddings that a checkpoint's text encoder gives, by its configuration.
+
+    Raises:
+        DigSegError: as :func:`model_shapes` says.
+    """
+    found = _description(source, TEXT_ENCODER, key)
+    width = (_read(found, key) if isinstance(found, Path) else found).get("hidden_size")
+    if not isinstance(width, int):
+        raise DigSegError(f"{key}: {found} describes no CLIP text encoder (it has no hidden_size); {HOW_TO_GET}")
+    return width
 
 
 def load_scheduler(source: str, key: str) -> Any:
@@ -168,11 +187,26 @@ def check_finite(model: torch.nn.Module, key: str, folder: Path) -> None:
             raise DigSegError(f"{key}: {folder}: the weight {name} is not finite; get or export the model anew")
 
 
-def _check_kind(kind: Any, path: Path, key: str) -> None:
+def _description(source: str, part: Part, key: str) -> Path | Mapping[str, Any]:
+    """The file that describes a part, or what it says of a known release that cannot be fetched."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
+        return locate(source, part, key, weights=False) / part.config
+    except DigSegError:
+        known = released(source, part.folder)
+        if known is None:
+            raise
+        return known
+
+
+def _read(path: Path, key: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise DigSegError(f"{key}: {path} cannot be read: {_short(error)}") from None
+
+
+def _check_kind(kind: Any, path: Path, key: str) -> None:
+    said = _read(path, key).get("_class_name")
     if said != kind.__name__:
         raise DigSegError(f"{key}: {path} describes a {said}, not a {kind.__name__}; {HOW_TO_GET}")
 
@@ -181,11 +215,10 @@ def _another_architecture(key: str, folder: Path, why: str) -> DigSegError:
     return DigSegError(f"{key}: {folder}: weights of another architecture than config.json says: {why}")
 
 
-def _fetched(source: str, part: Part, key: str, pickled: bool) -> Path:
+def _fetched(source: str, files: list[str], key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    files = part.files + ([f"{part.folder}/*.bin"] if pickled else [])
     try:
         return Path(snapshot_download(source, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

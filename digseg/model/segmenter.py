@@ -148,12 +148,12 @@ def build_segmenter(config: Config, text_encoder: TextEncoder | None = None) -> 
     return Segmenter(unet, pathway, autoencoder, build_scheduler(config.model))
 
 
-def segmenter_shapes(config: ModelConfig, text_dim: int, autoencoder: Autoencoder) -> Segmenter:
+def segmenter_shapes(config: ModelConfig, text_dim: int, autoencoder: Autoencoder, scheduler: Any) -> Segmenter:
     """A segmenter on the meta device: all its shapes and none of its weights."""
     with torch.device("meta"):
         unet = build_unet(config, autoencoder.channels, shapes_only=True)
         pathway = _build_pathway(config, unet, text_dim, autoencoder.factor)
-    return Segmenter(unet, pathway, autoencoder, build_scheduler(config))
+    return Segmenter(unet, pathway, autoencoder, scheduler)
 
 
 def _build_pathway(config: ModelConfig, unet: Any, text_dim: int, factor: int) -> Pathway:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from digseg.config import ModelConfig
 from digseg.errors import DigSegError
-from digseg.model.pretrained import TEXT_ENCODER, TOKENIZER, check_finite, locate, weights_are_safe
+from digseg.model.pretrained import TEXT_ENCODER, TOKENIZER, check_finite, locate, text_width, weights_are_safe
 from digseg.model.text_cache import cached_embeddings
 from digseg.model.weights import sha256_of
 
@@ -64,6 +64,18 @@ def load_text_encoder(config: ModelConfig) -> TextEncoder:
         return MiniLMText(Path(path) if path else minilm_directory())
     assert path is not None  # the schema requires it
     return CLIPText.load(path, "model.text.path", config.pickled_weights)
+
+
+def text_dim(config: ModelConfig) -> int:
+    """Entries of the embeddings of the encoder that ``model.text`` describes; of a CLIP, without its weights.
+
+    Raises:
+        DigSegError: as :func:`load_text_encoder` says.
+    """
+    if config.text.type == "minilm":
+        return load_text_encoder(config).dim
+    assert config.text.path is not None  # the schema requires it
+    return text_width(config.text.path, "model.text.path")
 
 
 def build_text_table(names: Sequence[str], encoder: TextEncoder, templates: Sequence[str] = ()) -> TextTable:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from digseg.console import progress
+from digseg.console import ProgressHandle, progress
 from digseg.errors import DigSegError
 from digseg.evaluation.classes import ClassQuery, ids_type
 from digseg.evaluation.colours import class_colours
@@ -90,7 +90,7 @@ def predict_files(
     try:
         with progress("predicting", total=len(images), unit="images") as bar:
             for path in images:
-                _predict_file(predictor, model, path, open_pixels(path, windowed), classes, work)
+                _predict_file(predictor, model, path, open_pixels(path, windowed), classes, work, bar)
                 bar.advance()
         return [file.replace(out / file.name) for file in sorted(work.iterdir())]
     finally:
@@ -100,14 +100,25 @@ def predict_files(
 
 
 def _predict_file(
-    predictor: Predictor, model: ModelRef, path: Path, pixels: Pixels, classes: Sequence[ClassQuery], folder: Path
+    predictor: Predictor,
+    model: ModelRef,
+    path: Path,
+    pixels: Pixels,
+    classes: Sequence[ClassQuery],
+    folder: Path,
+    bar: ProgressHandle,
 ) -> None:
     names = [query.name for query in classes]
+
+    def tell(share: float) -> None:
+        bar.note(f"{share:.0%} of {path.name}")
+        bar.advance(0)  # shows the note
+
     with tempfile.TemporaryFile(dir=folder) as file:
         # On disk: the mask of a large image need not fit into memory.
         shape, kind = (pixels.height, pixels.width), ids_type(len(classes))
         mask: NDArray[np.uint8 | np.uint16] = np.memmap(file, kind, "w+", shape=shape)
-        predictor.predict_mask(pixels, classes, mask)
+        predictor.predict_mask(pixels, classes, mask, tell)
         write_mask(mask, folder / f"{path.stem}.mask.png")
         described = legend(path, mask, classes, model)
         (folder / f"{path.stem}.legend.json").write_text(json.dumps(described, indent=2) + "\n")

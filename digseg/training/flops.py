@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from digseg.config import AutoencoderConfig, Config
 from digseg.data.loader import Batch
 from digseg.model.autoencoder import Autoencoder, KLAutoencoder, build_autoencoder
+from digseg.model.denoiser import scheduler_from_scratch
 from digseg.model.palette import MAX_COLOURS
 from digseg.model.pretrained import VAE, model_shapes
 from digseg.model.segmenter import segmenter_shapes
@@ -55,7 +56,9 @@ def loss_shapes(config: Config, text_dim: int, num_classes: int) -> SegmenterLos
     without_noise = config.objective.model_copy(update={"type": "one_step"})
     counted = config.model_copy(update={"training": plain, "objective": without_noise})
     with torch.device("meta"):
-        segmenter = segmenter_shapes(config.model, text_dim, _autoencoder(config.model.autoencoder))
+        segmenter = segmenter_shapes(
+            config.model, text_dim, _autoencoder(config.model.autoencoder), scheduler_from_scratch()
+        )
         names = torch.empty(num_classes, text_dim)
     return SegmenterLoss(segmenter, counted, names).to("meta")
 

@@ -101,14 +101,14 @@ def make_plan(config: Config, text_dim: int, gpu: str = "h100", mfu: float = 0.4
         mfu: model FLOPs utilisation: the share of the peak that the model's own operations reach.
 
     Raises:
-        DigSegError: no such GPU, an MFU that is none, or shards that are damaged or cannot be read.
+        DigSegError: no such GPU, an MFU that is none, or a checkpoint to start from that is not described anywhere.
     """
     if gpu not in GPUS:
         raise DigSegError(f"--plan-gpu: no figures of {gpu!r}{nearest(gpu, GPUS)}")
     if not 0 < mfu <= 1:
         raise DigSegError(f"--plan-mfu: got {mfu:g}; the share of the peak that is reached is above 0 and at most 1")
     training, world_size = config.training, config.world_sizes[-1]
-    manifests = _manifests(config)
+    manifests, why_unknown = _manifests(config)
     num_classes = largest_query(config.data.queries, manifests)
     model = _model_sizes(config, text_dim, num_classes)
     flops = image_flops(config, text_dim, num_classes)
@@ -140,6 +140,8 @@ def make_plan(config: Config, text_dim: int, gpu: str = "h100", mfu: float = 0.4
         warnings=[],
     )
     plan.warnings.extend(_warnings(config, plan))
+    if not manifests:
+        plan.warnings.append(f"{why_unknown}: epochs and the storage of latents are unknown")
     return plan
 
 
@@ -249,12 +251,15 @@ def _warnings(config: Config, plan: Plan) -> Iterator[str]:
         )
     if plan.frozen_parameters and config.data.latents is None:
         yield "no data.latents: every step encodes its images, which encode_latents.py can do once (docs/latents.md)"
-    if plan.images is None:
-        yield f"no shards yet in {config.data.root}: epochs and the storage of latents are unknown"
 
 
-def _manifests(config: Config) -> Sequence[Manifest]:
-    """Of the splits that are trained on; none where one of them is missing."""
-    found = {(manifest.corpus, manifest.split): manifest for manifest in present_manifests(config.data.root)}
+def _manifests(config: Config) -> tuple[Sequence[Manifest], str]:
+    """Of the splits that are trained on; none where one of them is missing or cannot be read here, and why."""
+    try:
+        found = {(manifest.corpus, manifest.split): manifest for manifest in present_manifests(config.data.root)}
+    except DigSegError as error:
+        return [], str(error)
     wanted = [(entry.name, entry.split) for entry in config.data.corpora]
-    return [found[name] for name in wanted] if all(name in found for name in wanted) else []
+    if not all(name in found for name in wanted):
+        return [], f"no shards yet in {config.data.root}"
+    return [found[name] for name in wanted], ""

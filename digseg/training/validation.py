@@ -52,7 +52,8 @@ class Validation:
     def __init__(self, config: Config, world: World, model: LoadedModel) -> None:
         self._world = world
         self._splits = _splits(config)
-        segmenter = segmenter_shapes(config.model, model.text_encoder.dim, model.segmenter.autoencoder)
+        trained = model.segmenter
+        segmenter = segmenter_shapes(config.model, model.text_encoder.dim, trained.autoencoder, trained.scheduler)
         segmenter.eval().requires_grad_(False)
         self._model = replace(model, segmenter=segmenter, text_encoder=_RememberedNames(model.text_encoder))
 

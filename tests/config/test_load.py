@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.corpora import load_corpus
 from digseg.config import Config, dump_config, load_config
 from digseg.errors import DigSegError
 
@@ -25,6 +26,18 @@ def test_both_demo_configs_are_valid(repository: Path) -> None:
         assert config.run.name == name
         assert config.cluster.workers == 2
         assert config.training.zero_stage == 1
+
+
+def test_config_for_a_cluster_names_corpora_and_classes_that_there_are(repository: Path, tmp_path: Path) -> None:
+    config = load_config(repository / "configs" / "sd2.yaml")
+    assert config.run.name == "sd2"
+    assert (config.world_sizes[0], config.world_sizes[-1]) == (8, 32)
+    for entry in [*config.data.corpora, *config.evaluation.corpora]:
+        described = load_corpus(entry.name, tmp_path)
+        assert entry.split in described.splits
+        for name, wordings in config.data.queries.synonyms.get(entry.name, {}).items():
+            assert name in described.vocabulary
+            assert not {*wordings} & {*described.vocabulary}
 
 
 def test_overrides_apply_in_order_and_reach_lists_and_new_sections(minimal: Path) -> None:

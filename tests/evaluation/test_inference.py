@@ -138,9 +138,12 @@ def test_windows_that_cover_the_image_change_nothing(predictor: Predictor, image
     parted = windowed.predict(image, NAMES)
     np.testing.assert_allclose(parted.probabilities.sum(0), 1, atol=1e-4)
     assert (parted.mask != whole.mask).any()
-    streamed = np.zeros((50, 70), np.uint8)
-    windowed.predict_mask(ArrayPixels(image), NAMES, streamed)
+    streamed, shares = np.zeros((50, 70), np.uint8), list[float]()
+    windowed.predict_mask(ArrayPixels(image), NAMES, streamed, shares.append)
     np.testing.assert_array_equal(streamed, parted.mask)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert len(shares) == 2 * 3  # windows
 
 
 def test_the_memory_of_a_large_image_is_that_of_its_windows(model_dir: Path, tmp_path: Path) -> None:

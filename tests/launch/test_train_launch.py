@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusion_checkpoint import write_checkpoint
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
@@ -47,26 +46,41 @@ def test_local_run_trains_without_ray_and_says_where_everything_is(
         assert expected in done.stdout
 
 
-def test_a_pretrained_checkpoint_is_fine_tuned_and_predicts(tmp_path: Path, repository: Path) -> None:
-    """Through DeepSpeed, a checkpoint that is continued, and an export that needs the base no more."""
-    write_squares(tmp_path / "shards", "train", 8)
+def test_stable_diffusion_is_fine_tuned_by_its_config_and_predicts(tmp_path: Path, repository: Path) -> None:
+    """A narrow one through DeepSpeed, a checkpoint that is continued, and an export that needs the base no more."""
+    for split in ("train", "val"):
+        write_squares(tmp_path / "shards", split, 8)
     base = write_checkpoint(tmp_path / "sd", "2.0-base")
-    config = small_config(
-        tmp_path,
-        cluster={"backend": "local"},
-        data={"crop_size": 64, "short_side": 64},
-        training={"steps": 2, "threads": 1, "precision": "fp32", "global_batch_size": 2, "checkpoint_every": 1},
-        tracking={"enabled": False},
-    ).model_dump(mode="json")
-    config["model"] = {"pretrained": str(base), "pathway": {"scales": 3, "dim": 8, "head_dim": 5}}
-    (tmp_path / "sd.yaml").write_text(yaml.safe_dump(config))
+    smaller = [
+        "cluster.backend=local",
+        f"run.storage={tmp_path / 'runs'}",
+        f"data.root={tmp_path / 'shards'}",
+        "data.latents=null",
+        "data.cache_dir=null",
+        "data.workers=0",
+        "data.corpora=[{name: squares}]",
+        "data.crop_size=64",
+        "data.short_side=64",
+        "data.queries.synonyms={squares: {square: [box], round hole: [ring]}}",
+        f"model.pretrained={base}",
+        "training.precision=fp32",
+        "training.global_batch_size=2",
+        "training.micro_batch_size=1",
+        "training.learning_rate=1e-3",
+        "training.warmup_steps=0",
+        "training.checkpoint_every=1",
+        "training.threads=1",
+        "training.validation={every: 1, samples: 1}",
+        "evaluation.corpora=[{name: squares, split: val}]",
+        "tracking.enabled=false",
+    ]
     for steps in ("training.steps=1", "training.steps=2"):
-        command = [sys.executable, "launch/train.py", "--config", str(tmp_path / "sd.yaml"), steps]
+        command = [sys.executable, "launch/train.py", "--config", "configs/sd2.yaml", *smaller, steps]
         done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     assert "goes on after step 1" in done.stdout
     base.rename(tmp_path / "elsewhere")
-    pipeline = DiGSegPipeline.from_pretrained(tmp_path / "runs" / "small" / "model")
+    pipeline = DiGSegPipeline.from_pretrained(tmp_path / "runs" / "sd2" / "model")
     grown = load_file(tmp_path / "elsewhere/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"]
     assert not torch.equal(pipeline.unet.conv_in.weight[:, :4], grown / 2)
     assert torch.allclose(pipeline.unet.conv_in.weight[:, :4], grown / 2, atol=1e-2)

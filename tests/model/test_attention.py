@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from digseg.config import ModelConfig
 from digseg.errors import DigSegError
-from digseg.model.attention import attention_kernels, use_attention
+from digseg.model.attention import aligned_keys, attention_kernels, use_attention
 from digseg.model.denoiser import build_unet
 
 CPU = torch.device("cpu")
@@ -51,15 +51,43 @@ def test_kernels_really_differ_and_agree_in_outputs_and_gradients(unet: Any) -> 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kernel", ["sdpa", "xformers"])
-def test_kernels_agree_on_a_gpu(unet: Any, kernel: str) -> None:
+@pytest.mark.parametrize("num_classes", [1, 3, 8, 11])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-3), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+def test_kernels_agree_on_a_gpu(
+    unet: Any, kernel: str, num_classes: int, dtype: torch.dtype | None, tolerance: float
+) -> None:
     if kernel == "xformers":
         pytest.importorskip("xformers")
     cuda = torch.device("cuda")
     results = {}
     for name in ("math", kernel):
         use_attention(unet.to(cuda), name, cuda)
-        results[name] = _output_and_gradients(unet, cuda)
-    _check_agreement(results, tolerance=1e-3)
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            results[name] = _output_and_gradients(unet, cuda, num_classes)
+    _check_agreement(results, tolerance)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, 8, 11])
+def test_keys_that_are_padded_for_xformers_change_nothing(unet: Any, num_classes: int) -> None:
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    random = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 5, layer.query_dim, generator=random)
+    tokens = torch.randn(2, num_classes, 16, generator=random, requires_grad=True)
+    bias = torch.zeros(2, 1, num_classes)
+    bias[1, 0, 1:] = -10000.0  # as the U-Net makes it of a query of one class
+    padded, padded_bias = aligned_keys(tokens, bias, torch.float32)
+    assert padded.shape[1] == padded_bias.shape[2] == (8 if num_classes <= 8 else 16)
+    results = {}
+    for name, keys, added in (("plain", tokens, bias), ("padded", padded, padded_bias)):
+        attended = layer(states, encoder_hidden_states=keys, attention_mask=added)
+        results[name] = [attended, *torch.autograd.grad(attended.square().mean(), [tokens, *layer.parameters()])]
+    _check_agreement(results, tolerance=1e-5)
+    for dtype in (torch.float16, torch.bfloat16):
+        added = aligned_keys(tokens, bias, dtype)[1]
+        assert added.dtype == dtype
+        weights = added.float().softmax(2)
+        assert weights.isfinite().all()
+        assert (weights[:, :, num_classes:] == 0).all()
 
 
 def test_auto_says_what_it_takes_and_why(unet: Any) -> None:
@@ -85,11 +113,12 @@ def test_processors_that_are_not_installed_do_not_pass_as_if_they_were(unet: Any
         use_attention(unet, "math", CPU)
 
 
-def _output_and_gradients(unet: Any, device: torch.device) -> list[torch.Tensor]:
+def _output_and_gradients(unet: Any, device: torch.device, num_classes: int = 3) -> list[torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     sample = torch.randn(2, 4, 8, 8, generator=random).to(device)
-    tokens = torch.randn(2, 3, 16, generator=random).to(device)
-    mask = torch.tensor([[True, True, True], [True, True, False]], device=device)
+    tokens = torch.randn(2, num_classes, 16, generator=random).to(device)
+    mask = torch.arange(num_classes) < torch.tensor([[num_classes], [max(1, num_classes - 1)]])
+    mask = mask.to(device)
     unet.zero_grad()
     output = unet(sample, 999, tokens, encoder_attention_mask=mask).sample
     output.square().mean().backward()

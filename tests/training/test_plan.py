@@ -17,10 +17,10 @@ from digseg.data.loader import training_batches
 from digseg.data.training_data import TrainingData
 from digseg.errors import DigSegError
 from digseg.model import build_segmenter
-from digseg.model.text import load_text_encoder
+from digseg.model.text import load_text_encoder, text_dim
 from digseg.model.training_module import SegmenterLoss
 from digseg.training.engine import Engine
-from digseg.training.plan import checkpoint_bytes, make_plan, memory_of_step
+from digseg.training.plan import CONTEXT_BYTES, checkpoint_bytes, make_plan, memory_of_step
 from digseg.training.state import TrainingState
 from digseg.training.world import World
 
@@ -81,6 +81,32 @@ def test_network_of_stable_diffusions_size_is_planned_in_seconds(tmp_path: Path)
     assert plan.seconds == pytest.approx(1000 * 512 / plan.images_per_second)
     assert plan.deepspeed["train_micro_batch_size_per_gpu"] == 4
     assert plan.images is None
+
+
+def test_config_for_a_cluster_is_planned_without_weights_and_without_the_hub(tmp_path: Path, repository: Path) -> None:
+    config = load_config(repository / "configs/sd2.yaml", ["data.root=/nowhere"])
+    plan = make_plan(config, text_dim(config.model))
+    assert 865.9e6 < plan.trainable_parameters < 900e6  # Stable Diffusion 2's U-Net, and the pathway
+    assert plan.frozen_parameters == 83_653_863  # its autoencoder
+    assert (plan.num_gpus, plan.micro_batch_size, plan.micro_batches) == (32, 8, 1)
+    assert plan.memory[2].total < plan.gpu.memory_bytes - CONTEXT_BYTES
+    workers, shards = plan.warnings
+    assert "only 8, 16, 32 divide" in workers
+    assert shards == "no shards yet in /nowhere: epochs and the storage of latents are unknown"
+    of_another = ["model.pretrained=owner/other"]
+    with pytest.raises(
+        DigSegError, match=r"model.text.path 'owner/other' .*cannot be fetched from the Hugging Face hub"
+    ):
+        text_dim(load_config(repository / "configs/sd2.yaml", of_another).model)
+
+
+def test_shards_that_cannot_be_read_are_a_warning(tmp_path: Path) -> None:
+    write_squares(tmp_path / "shards", "train", 8)
+    (manifest,) = (tmp_path / "shards").glob("*/*/manifest.json")
+    manifest.write_text("{")
+    (warning,) = make_plan(small_config(tmp_path), TEXT_DIM).warnings
+    assert str(manifest) in warning
+    assert warning.endswith(": epochs and the storage of latents are unknown")
 
 
 def test_plan_warns_of_what_will_not_do(tmp_path: Path) -> None:
