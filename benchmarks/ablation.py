@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from baselines.plain_unet import SETTINGS as PLAIN_SETTINGS
-from baselines.plain_unet import trained_plain_unet
+from baselines import plain_unet
 from numpy.typing import NDArray
 from shared import ROOT, add_json, configured, report
 
@@ -43,7 +42,6 @@ from digseg.training.trainer import Trainer
 from digseg.training.world import World
 from launch.preparation import ensure_shards
 
-PLAIN = "plain U-Net"
 FULL = "full recipe"
 
 
@@ -53,14 +51,17 @@ class Variant:
 
     settings: Mapping[str, object] = field(default_factory=dict)
     asked: PredictionConfig = field(default_factory=PredictionConfig)
+    plain: bool = False  # the baseline
 
 
 VARIANTS = {
     FULL: Variant(),
-    PLAIN: Variant(PLAIN_SETTINGS),
+    "plain U-Net": Variant(plain_unet.SETTINGS, plain=True),
+    "plain U-Net, tuned": Variant(plain_unet.TUNED, plain=True),
     "no pathway": Variant({"model.pathway.enabled": "false"}),
+    "no pathway, mask alone": Variant({"model.pathway.enabled": "false", "objective.class_score": 0}),
     "no feedback": Variant({"model.pathway.feedback": "false"}),
-    # At neither scale: what is left is the painted mask.
+    # At neither scale: what is left is the loss of the painted mask.
     "no class-score loss": Variant({"objective.class_score": 0, "objective.feedback": 0}),
     "fixed colours": Variant({"data.queries.random_colours": "false"}),
     "multi-step": Variant({"objective.type": "multi_step"}),
@@ -123,7 +124,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of the run's directory and of its result."""
-        return f"{self.variant.lower().replace(' ', '-')}-{self.crop}-{self.steps}-{self.seed}"
+        return f"{self.variant.lower().replace(',', '').replace(' ', '-')}-{self.crop}-{self.steps}-{self.seed}"
 
     def config(self) -> Config:
         """The whole configuration of the run."""
@@ -219,7 +220,8 @@ def _measure(run: Run) -> None:
     """Train and evaluate; keeps mIoU by corpus, and the seconds that it took."""
     config = run.config()
     began = time.monotonic()
-    model = trained_plain_unet(config) if run.variant == PLAIN else _trained(config, VARIANTS[run.variant].asked)
+    variant = VARIANTS[run.variant]
+    model = plain_unet.trained(config) if variant.plain else _trained(config, variant.asked)
     trained = time.monotonic()
     miou = {}
     for corpus in _evaluated(config):

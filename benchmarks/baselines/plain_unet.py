@@ -8,11 +8,13 @@ learned vector of its own: a new corpus takes a new token and a new head, and tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digseg.config import Config
@@ -37,6 +39,9 @@ from digseg.training.world import World
 
 # Without text there is nothing to feed back, no colour to paint, and no part of a vocabulary to ask for.
 SETTINGS = {"objective.feedback": 0, "objective.reconstruction": 0, "data.queries.sub_vocabulary_p": 0}
+# The same with what helps the segmenter and needs no text: heads at its coarser scales, which are supervised as there,
+# and filters that are as long as its queries to begin with.
+TUNED = {**SETTINGS, "objective.feedback": 0.5}
 
 
 class ClassRows:
@@ -94,11 +99,17 @@ class _Rows(nn.Module):
 
 
 class _Heads(nn.Module):
-    """The 1 x 1 convolutions of all corpora, of which a row is the filter of one class."""
+    """The 1 x 1 convolutions of all corpora, of which a row is the filter of one class.
 
-    def __init__(self, rows: ClassRows, channels: int) -> None:
+    ``length`` is that of a filter to begin with; None: as PyTorch starts a convolution.
+    """
+
+    def __init__(self, rows: ClassRows, channels: int, length: float | None) -> None:
         super().__init__()
         self.filters = nn.Linear(channels, len(rows))
+        if length is not None:
+            with torch.no_grad():
+                self.filters.weight.copy_(length * F.normalize(self.filters.weight, dim=1))
 
     def forward(self, features: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
         """``features [B, C, H, W]``, ``rows [B, K]`` -> float32 logits ``[B, K, H, W]``."""
@@ -109,16 +120,21 @@ class _Heads(nn.Module):
 
 
 def plain_unet(config: Config, rows: ClassRows) -> Segmenter:
-    """A new baseline, in the place of a segmenter; its U-Net starts with the weights of the segmenter's."""
+    """A new baseline, in the place of a segmenter; its U-Net starts with the weights of the segmenter's.
+
+    ``objective.feedback`` tells :data:`TUNED` from :data:`SETTINGS`.
+    """
     autoencoder, settings = build_autoencoder(config.model.autoencoder), config.model.pathway
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         unet = build_unet(config.model, autoencoder.channels)
         token_dim = int(unet.config.cross_attention_dim)
+        tuned = config.objective.feedback > 0
+        length = math.exp(settings.query_scale) if tuned else None
         pathway: Pathway = Pathway(
             text_dim=len(rows),
             token_dim=token_dim,
-            channels=[int(unet.config.block_out_channels[0])],
+            channels=list(unet.config.block_out_channels)[: settings.scales + 1 if tuned else 1],
             factor=autoencoder.factor,
             groups=int(unet.config.norm_num_groups),
             enabled=True,
@@ -130,7 +146,9 @@ def plain_unet(config: Config, rows: ClassRows) -> Segmenter:
             gate=0.0,
         )
         pathway.tokens, pathway.queries = _CorpusToken(rows, token_dim), _Rows()
-        pathway.head.align = _Heads(rows, settings.head_dim + 3)
+        pathway.head.align = _Heads(rows, settings.head_dim + 3, length)
+        for scale in pathway.scales:
+            scale.align = _Heads(rows, settings.dim, length)
     return Segmenter(unet, pathway, autoencoder, build_scheduler(config.model))
 
 
@@ -165,8 +183,9 @@ class PlainModel:
         return Predictor(model).for_corpus(name)
 
 
-def trained_plain_unet(config: Config) -> PlainModel:
-    """Train a baseline as ``config`` says (with :data:`SETTINGS`), or take the weights of the run that did before.
+def trained(config: Config) -> PlainModel:
+    """Train a baseline as ``config`` says, with :data:`SETTINGS` or :data:`TUNED`; or take the weights of the run that
+    did so before.
 
     Unlike the trainer's runs, one that is interrupted begins anew.
     """
@@ -175,9 +194,9 @@ def trained_plain_unet(config: Config) -> PlainModel:
     segmenter = plain_unet(config, rows)
     weights = RunDirectory(config).path / "weights.pt"
     if not weights.exists():
-        trained = _trained(config, data, segmenter, rows)
+        state = _trained(config, data, segmenter, rows)
         weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(trained, weights)
+        torch.save(state, weights)
     segmenter.load_state_dict(torch.load(weights, weights_only=True))
     return PlainModel(config, segmenter, rows)
 
