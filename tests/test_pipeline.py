@@ -132,7 +132,7 @@ def test_the_page_of_a_model_says_what_it_came_from(exported: Path) -> None:
 def test_it_needs_nothing_of_a_cluster(exported: Path, tmp_path: Path, repository: Path) -> None:
     program = f"""
 import sys
-for library in ("ray", "deepspeed", "mlflow", "webdataset", "accelerate"):
+for library in ("ray", "deepspeed", "mlflow", "webdataset", "accelerate", "peft"):
     sys.modules[library] = None
 import numpy as np
 from digseg.pipeline import DiGSegPipeline

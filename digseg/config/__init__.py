@@ -2,7 +2,7 @@
 
 from digseg.config.gate import Gate
 from digseg.config.load import base_directory, dump_config, load_config, load_section, section_of_options
-from digseg.config.model import AutoencoderConfig, ModelConfig, PathwayConfig, TextConfig, UNetConfig
+from digseg.config.model import AutoencoderConfig, LoraConfig, ModelConfig, PathwayConfig, TextConfig, UNetConfig
 from digseg.config.prediction import PredictionConfig
 from digseg.config.protocol import Protocol
 from digseg.config.schema import (
@@ -32,6 +32,7 @@ __all__ = [
     "DiffusionConfig",
     "EvaluationConfig",
     "Gate",
+    "LoraConfig",
     "MixtureEntry",
     "ModelConfig",
     "ObjectiveConfig",

@@ -85,6 +85,20 @@ class PathwayConfig(Section):
     gate: float | None = None  # initial gate of the feedback; None: 0.5, and 0 for a pretrained U-Net
 
 
+class LoraConfig(Section):
+    """Low-rank adapters, trained in place of the pretrained U-Net's own weights."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] | None = None  # an adapter's product counts alpha / rank times; None: once
+    # Layers that have one: every linear layer or convolution of the U-Net that is called so.
+    targets: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied with."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
 class ModelConfig(Section):
     """The segmenter's parts."""
 
@@ -96,6 +110,7 @@ class ModelConfig(Section):
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     text: TextConfig = TextConfig()
     unet: UNetConfig = UNetConfig()
+    lora: LoraConfig | None = None  # None: the pretrained U-Net's weights are trained themselves
     pathway: PathwayConfig = PathwayConfig()
 
     @model_validator(mode="before")
@@ -115,6 +130,8 @@ class ModelConfig(Section):
             raise ValueError(
                 "unet describes a U-Net from scratch, but pretrained brings its own: drop unet or pretrained"
             )
+        if self.lora is not None and self.pretrained is None:
+            raise ValueError("lora keeps a pretrained U-Net's weights as they are: set pretrained, or drop lora")
         return self
 
     @property

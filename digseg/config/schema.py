@@ -365,6 +365,11 @@ class Config(Section):
                 f"training.validation.every is {self.training.validation.every}, but evaluation.corpora is empty: name "
                 "the corpora and splits to validate on"
             )
+        if self.model.lora is not None and self.training.zero_stage == 3:
+            raise ValueError(
+                "training.zero_stage is 3, which is not supported with model.lora (adapters do not go on to the same "
+                "weights there); set it to 0, 1 or 2"
+            )
         if self.model.autoencoder.type == "shuffle":
             multiple = self.model.autoencoder.factor * 2 ** (len(self.model.unet.block_out_channels) - 1)
             if self.data.crop_size % multiple:

@@ -86,6 +86,7 @@ def _readme(card: ModelCard) -> str:
     facts = {key: value for key, value in card.metadata.items() if not isinstance(value, dict)}
     datasets = card.metadata.get("datasets", {})
     base = card.model.pretrained
+    lora = "" if card.model.lora is None else f", with LoRA of rank {card.model.lora.rank} merged into its weights"
     how = "in one step" if card.objective.type == "one_step" else "in a few denoising steps"
     return "\n".join(
         [
@@ -107,7 +108,7 @@ def _readme(card: ModelCard) -> str:
             "",
             "## Training",
             "",
-            f"- U-Net: {'from scratch' if base is None else f'fine-tuned from {base}'}",
+            f"- U-Net: {'from scratch' if base is None else f'fine-tuned from {base}{lora}'}",
             f"- autoencoder: {card.model.autoencoder.type}; text encoder: {card.text_fingerprint}",
             f"- shorter side of an image: {card.short_side} px",
             *(f"- {key.replace('_', ' ')}: {value}" for key, value in sorted(facts.items())),

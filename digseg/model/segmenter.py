@@ -16,6 +16,7 @@ from digseg.errors import DigSegError
 from digseg.model.autoencoder import Autoencoder, build_autoencoder
 from digseg.model.denoiser import build_scheduler, build_unet
 from digseg.model.diffusion import NoisyMask, compose
+from digseg.model.lora import add_adapters
 from digseg.model.palette import colour_logits
 from digseg.model.pathway import Pathway
 from digseg.model.text import TextEncoder, load_text_encoder
@@ -145,14 +146,24 @@ def build_segmenter(config: Config, text_encoder: TextEncoder | None = None) -> 
         torch.manual_seed(config.run.seed)
         unet = build_unet(config.model, autoencoder.channels)
         pathway = _build_pathway(config.model, unet, encoder.dim, autoencoder.factor)
+        if config.model.lora is not None:
+            add_adapters(unet, config.model.lora)
     return Segmenter(unet, pathway, autoencoder, build_scheduler(config.model))
 
 
-def segmenter_shapes(config: ModelConfig, text_dim: int, autoencoder: Autoencoder, scheduler: Any) -> Segmenter:
-    """A segmenter on the meta device: all its shapes and none of its weights."""
+def segmenter_shapes(
+    config: ModelConfig, text_dim: int, autoencoder: Autoencoder, scheduler: Any, adapters: bool = False
+) -> Segmenter:
+    """A segmenter on the meta device: all its shapes and none of its weights.
+
+    Args:
+        adapters: with those of ``model.lora``, as it is trained; else as it is exported.
+    """
     with torch.device("meta"):
         unet = build_unet(config, autoencoder.channels, shapes_only=True)
         pathway = _build_pathway(config, unet, text_dim, autoencoder.factor)
+        if adapters and config.lora is not None:
+            add_adapters(unet, config.lora)
     return Segmenter(unet, pathway, autoencoder, scheduler)
 
 

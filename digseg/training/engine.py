@@ -133,14 +133,14 @@ class Engine:
         with tempfile.TemporaryDirectory() as folder:
             collector = self._deepspeed.checkpoint_engine = _Collector(Path(folder))
             try:
-                self._deepspeed.save_checkpoint(folder, tag=_TAG, save_latest=False)
+                self._deepspeed.save_checkpoint(folder, tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
             finally:
                 self._deepspeed.checkpoint_engine = writer
         return collector.files
 
     def load(self, directory: Path) -> None:
         """Restore what :meth:`snapshot` gave, with the same world size and ZeRO stage."""
-        path, _ = self._deepspeed.load_checkpoint(str(directory), tag=_TAG)
+        path, _ = self._deepspeed.load_checkpoint(str(directory), tag=_TAG, custom_load_fn=_load_trained)
         if path is None:
             raise DigSegError(f"{directory / _TAG}: DeepSpeed finds no checkpoint there")
 
@@ -304,6 +304,15 @@ def _initialised(
             raise
         raise DigSegError(f"training.deepspeed: refused by DeepSpeed: {' '.join(str(error).split())}") from error
     return engine
+
+
+def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    """Load a state into a module whose frozen weights it lacks (named as DeepSpeed names its arguments)."""
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    wrong = sorted({*unexpected, *trained.intersection(missing)})
+    if wrong:
+        raise DigSegError(f"the checkpoint is of another module: {len(wrong)} weights do not fit, first {wrong[0]}")
 
 
 def _partition(parameter: Any, rank: int) -> Share:

@@ -56,9 +56,8 @@ def loss_shapes(config: Config, text_dim: int, num_classes: int) -> SegmenterLos
     without_noise = config.objective.model_copy(update={"type": "one_step"})
     counted = config.model_copy(update={"training": plain, "objective": without_noise})
     with torch.device("meta"):
-        segmenter = segmenter_shapes(
-            config.model, text_dim, _autoencoder(config.model.autoencoder), scheduler_from_scratch()
-        )
+        autoencoder = _autoencoder(config.model.autoencoder)
+        segmenter = segmenter_shapes(config.model, text_dim, autoencoder, scheduler_from_scratch(), adapters=True)
         names = torch.empty(num_classes, text_dim)
     return SegmenterLoss(segmenter, counted, names).to("meta")
 

@@ -113,7 +113,8 @@ def make_plan(config: Config, text_dim: int, gpu: str = "h100", mfu: float = 0.4
     model = _model_sizes(config, text_dim, num_classes)
     flops = image_flops(config, text_dim, num_classes)
     micro_batch_size, num_micro_batches = micro_batches(config, world_size)
-    memory = {stage: _memory(config, model, stage, world_size, on_gpu=True) for stage in range(4)}
+    stages = range(4 if config.model.lora is None else 3)
+    memory = {stage: _memory(config, model, stage, world_size, on_gpu=True) for stage in stages}
     images = sum(manifest.samples for manifest in manifests) if manifests else None
     plan = Plan(
         gpu=GPUS[gpu],
@@ -135,7 +136,7 @@ def make_plan(config: Config, text_dim: int, gpu: str = "h100", mfu: float = 0.4
         images=images,
         checkpoint_bytes=checkpoint_bytes(config, model.trainable),
         kept_checkpoints=_kept_checkpoints(training),
-        latent_bytes=None if images is None or not model.frozen else images * model.latent_bytes,
+        latent_bytes=images * model.latent_bytes if images is not None and _encodes(config) else None,
         deepspeed=deepspeed_config(config, world_size, model.trainable, on_gpu=True),
         warnings=[],
     )
@@ -169,7 +170,7 @@ def _kept_checkpoints(training: TrainingConfig) -> int:
 @dataclass(frozen=True, slots=True)
 class _ModelSizes:
     trainable: int
-    frozen: int
+    frozen: int  # of the autoencoder, and of a U-Net with adapters
     saved_bytes: int  # for the backward pass of one image, in float32
     latent_bytes: int  # of one image: float16
 
@@ -194,11 +195,12 @@ def _model_sizes(config: Config, text_dim: int, num_classes: int) -> _ModelSizes
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss(batch)
-    frozen = autoencoder.vae.parameters() if isinstance(autoencoder, KLAutoencoder) else ()
+    encoding = autoencoder.vae.parameters() if isinstance(autoencoder, KLAutoencoder) else ()
+    trainable = sum(parameter.numel() for parameter in loss.parameters() if parameter.requires_grad)
     cells = config.data.crop_size // autoencoder.factor
     return _ModelSizes(
-        trainable=sum(parameter.numel() for parameter in loss.parameters()),
-        frozen=sum(parameter.numel() for parameter in frozen),
+        trainable=trainable,
+        frozen=sum(parameter.numel() for parameter in (*loss.parameters(), *encoding)) - trainable,
         saved_bytes=sum(storage.nbytes() for storage in saved.values()) // COUNTED_IMAGES,
         latent_bytes=2 * autoencoder.channels * cells * cells,
     )
@@ -232,6 +234,11 @@ def _memory(config: Config, model: _ModelSizes, stage: int, world_size: int, on_
     )
 
 
+def _encodes(config: Config) -> bool:
+    """Whether an autoencoder with weights makes the latents."""
+    return config.model.autoencoder.type == "kl"
+
+
 def _warnings(config: Config, plan: Plan) -> Iterator[str]:
     room = plan.gpu.memory_bytes - CONTEXT_BYTES
     needed = plan.memory[plan.zero_stage].total
@@ -249,7 +256,7 @@ def _warnings(config: Config, plan: Plan) -> Iterator[str]:
             f"{', '.join(map(str, config.world_sizes))} divide training.global_batch_size ({plan.global_batch_size}); "
             "others stand idle"
         )
-    if plan.frozen_parameters and config.data.latents is None:
+    if _encodes(config) and config.data.latents is None:
         yield "no data.latents: every step encodes its images, which encode_latents.py can do once (docs/latents.md)"
 
 

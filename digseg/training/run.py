@@ -209,6 +209,20 @@ def check_same_data(state: Mapping[str, Any], digests: Mapping[str, str], config
         )
 
 
+def check_same_base(state: Mapping[str, Any], frozen_sha256: str | None, config: Config) -> None:
+    """Refuse to continue a checkpoint of adapters on other weights than they were trained on.
+
+    Raises:
+        DigSegError: the pretrained U-Net is another one now.
+    """
+    if state.get("frozen_sha256") != frozen_sha256:
+        raise DigSegError(
+            f"the weights in model.pretrained ({config.model.pretrained}) changed since the checkpoint of step "
+            f"{state['step']} was written, and its adapters belong to the former ones; choose another run.name, or "
+            "point model.pretrained at them"
+        )
+
+
 def check_continues(state: Mapping[str, Any], config: Config) -> None:
     """Refuse to continue a checkpoint's run with settings that make it another run.
 

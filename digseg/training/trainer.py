@@ -31,6 +31,7 @@ from digseg.training.run import (
     TrainingResult,
     check_continues,
     check_layout,
+    check_same_base,
     check_same_data,
     finished_result,
     summarise,
@@ -151,6 +152,7 @@ class Trainer:
         torch.set_num_threads(threads)
         self.data = TrainingData(config.data, config.run.seed)
         self._model = TrainedModel(config, self.data.names)
+        self._frozen_sha256 = self._model.frozen_sha256()
         segmenter = self._model.segmenter
         if config.data.crop_size % segmenter.size_multiple:
             raise DigSegError(
@@ -204,6 +206,7 @@ class Trainer:
             check_continues(checkpoint.state, self.config)
             check_same_data(checkpoint.state, self._dataset_digests(), self.config)
             check_layout(checkpoint.state, self.config)
+            check_same_base(checkpoint.state, self._frozen_sha256, self.config)
             step = self._restore(checkpoint)
             self._say(f"run {self.config.run.name!r} goes on after step {step}")
         elif self.world.is_main:
@@ -260,6 +263,7 @@ class Trainer:
             "zero_stage": self.config.training.zero_stage,
             "config": self.config.model_dump(mode="json"),
             "datasets": self._dataset_digests(),
+            "frozen_sha256": self._frozen_sha256,
             "unreadable": self._unreadable.keys,
             "ledger": self._ledger.kept(),
             "validation": self._validated.get(step, {}),
