@@ -11,6 +11,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from digseg.errors import DigSegError
 
+NOT_FINITE = "some of its pixels are no finite numbers"
+
 
 def read_image(path: Path) -> NDArray[np.uint8]:
     """The image of a file, uint8 [H, W, 3] RGB, turned upright as its EXIF orientation says.
@@ -57,8 +59,14 @@ def png_bytes(mask: NDArray[np.uint8 | np.uint16]) -> bytes:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """16-bit and float greyscale scaled so that its brightest pixel is white; Pillow's own conversion
-    clips."""
+    clips.
+
+    Raises:
+        ValueError: floats that are not finite, which have no brightness.
+    """
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(NOT_FINITE)
     return Image.fromarray((values / max(values.max(), 1.0) * 255).round().clip(0, 255).astype(np.uint8))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from digseg.errors import DigSegError
+from digseg.evaluation.images import NOT_FINITE
 
 
 class Pixels(Protocol):
@@ -122,6 +123,9 @@ class FilePixels:
                 raise DigSegError(f"{self._path}: colours of type {image.format}; give 8 or 16 bits a channel")
             return (image >> 8).cast("uchar")
         grey = image[0].cast("double")
+        # What is not finite is no 0 when taken from itself; libvips' own least, largest and mean pass over it.
+        if image.format in ("float", "double") and (grey - grey == 0).min() == 0:
+            raise DigSegError(f"{self._path}: damaged image ({NOT_FINITE})")
         return (grey * (255 / max(grey.max(), 1.0))).rint().cast("uchar")
 
     def _rgb(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

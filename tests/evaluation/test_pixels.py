@@ -94,6 +94,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, colours: NDArray[np.uint8]
     tifffile.imwrite(tmp_path / "bands.tif", np.zeros((8, 8, 7), np.uint8), photometric="minisblack", planarconfig=1)
     with pytest.raises(DigSegError, match=r"bands.tif: 7 bands of .*; give an image of grey, RGB or CMYK"):
         FilePixels(tmp_path / "bands.tif")
+    for number in (np.nan, np.inf, -np.inf):
+        path, values = tmp_path / f"measured {number}.tif", np.ones((8, 8), np.float32)
+        values[3, 4] = number
+        tifffile.imwrite(path, values, photometric="minisblack")
+        for read in (FilePixels, read_image):
+            with pytest.raises(DigSegError, match=r"\.tif: damaged image \(some of its pixels are no finite"):
+                read(path)
     tifffile.imwrite(tmp_path / "float.tif", np.zeros((8, 8, 3), np.float32), photometric="rgb")
     with pytest.raises(DigSegError, match=r"float.tif: colours of type float; give 8 or 16 bits"):
         FilePixels(tmp_path / "float.tif")
