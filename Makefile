@@ -28,8 +28,8 @@ lint: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-# All that needs no GPU.
-BENCHMARKS := $(filter-out benchmarks/shared.py benchmarks/gpu_training.py, $(wildcard benchmarks/*.py))
+# All that need no GPU and no hours (benchmarks/ablation.py trains twenty models).
+BENCHMARKS := $(filter-out benchmarks/shared.py benchmarks/gpu_training.py benchmarks/ablation.py, $(wildcard benchmarks/*.py))
 
 bench: setup
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(PYTHON) $$script || exit 1; done
