@@ -285,6 +285,7 @@ class TrainingConfig(Section):
     offload_optimizer: bool = False  # keep the optimizer's state in the CPU's memory; ZeRO 1 to 3
     activation_checkpointing: bool = False  # compute the U-Net's activations again in the backward pass, to save memory
     channels_last: bool = False  # lay the U-Net's activations out as NHWC, which tensor cores prefer
+    compile: bool = False  # the U-Net's transformer blocks by torch.compile, which needs a compiler; ZeRO 0 to 2
     ema: EmaConfig = EmaConfig()
     checkpoint_every: Positive = 200  # steps
     keep_checkpoints: Positive = 2  # the newest so many
@@ -303,6 +304,12 @@ class TrainingConfig(Section):
     def _best_is_known(self) -> Self:
         if self.export == "best" and self.validation.every is None:
             raise ValueError("export is best, but nothing is validated: set validation.every")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_weights_are_whole(self) -> Self:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile needs zero_stage 0, 1 or 2: stage 3 gathers a layer's weights when it is called")
         return self
 
     @model_validator(mode="after")

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
+import torch._inductor.config
 from diffusion_checkpoint import write_checkpoint
 from pydantic import ValidationError
 from small_world import small_config
 from two_tones import two_tone_batch
 
 from digseg.config import AutoencoderConfig, Config
+from digseg.errors import DigSegError
 from digseg.model import build_segmenter
 from digseg.model.autoencoder import build_autoencoder
 from digseg.model.switches import apply_switches
@@ -37,6 +40,37 @@ def test_channels_last_is_the_layout_of_the_unet_and_changes_the_sums_order_alon
     other, _ = _loss_and_gradients(module)
     assert layouts == [True, True]
     _check_close(_loss_and_gradients(_module(tmp_path))[0], other, tolerance=1e-4)
+
+
+# PyTorch's compiler uses what PyTorch deprecates.
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_compute_alike_under_the_same_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = _module(tmp_path)
+    expected, _ = _loss_and_gradients(plain)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    module = _module(tmp_path, compile=True, activation_checkpointing=True)
+    assert module.state_dict().keys() == plain.state_dict().keys()
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    with torch._inductor.config.patch(compile_threads=1):
+        compiled, _ = _loss_and_gradients(module)
+    assert counters["unique_graphs"] > before
+    _check_close(expected, compiled, tolerance=1e-4)
+
+
+def test_compiling_without_a_compiler_or_anything_to_compile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(DigSegError, match=r"no C\+\+ compiler 'no-such-compiler' here; install g\+\+"):
+        _module(tmp_path, compile=True)
+    segmenter = build_segmenter(_config(tmp_path))
+    segmenter.unet.mid_block = segmenter.unet.down_blocks = segmenter.unet.up_blocks = torch.nn.ModuleList()
+    with pytest.raises(DigSegError, match="this U-Net has no attention layer"):
+        apply_switches(segmenter, _config(tmp_path, compile=True).training)
+    with pytest.raises(ValidationError, match="compile needs zero_stage 0, 1 or 2"):
+        _config(tmp_path, compile=True, zero_stage=3)
 
 
 def test_low_precision_keeps_losses_weights_and_gradients_in_float32(tmp_path: Path) -> None:
