@@ -30,6 +30,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pydantic import ValidationError
+
 from digseg.config import Config, dump_config
 from digseg.data.format import load_manifest
 from digseg.errors import DigSegError
@@ -229,7 +231,7 @@ def check_continues(state: Mapping[str, Any], config: Config) -> None:
     Raises:
         DigSegError: names every differing key with both values.
     """
-    before, now = _identity(state["config"]), _identity(config.model_dump(mode="json"))
+    before, now = _identity(_as_read_now(state["config"])), _identity(config.model_dump(mode="json"))
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if differing:
         changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
@@ -247,6 +249,15 @@ def summarise(metrics_path: Path) -> tuple[float, float, float]:
     lines = read_metrics(metrics_path)
     rates = [line["images_per_second"] for line in lines]
     return lines[0]["loss"], lines[-1]["loss"], median(rates[1:] or rates)
+
+
+def _as_read_now(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved configuration with the defaults of settings that have come since, which is how it was trained; one with
+    settings that are gone stays as it is, so that they show as differences."""
+    try:
+        return Config.model_validate(saved).model_dump(mode="json")
+    except ValidationError:
+        return saved
 
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from digseg.errors import DigSegError
 from digseg.model.export import load_model
 from digseg.training.engine import Engine
 from digseg.training.logging import read_metrics
-from digseg.training.run import check_run, exclusive, finished_result
+from digseg.training.run import check_continues, check_run, exclusive, finished_result
 from digseg.training.sample_log import samples_of_steps
 from digseg.training.trainer import Trainer
 from digseg.training.world import World
@@ -376,6 +376,20 @@ def test_settings_that_do_not_change_the_run_may_change(folder: Path) -> None:
     values["data"] |= {"workers": 2, "prefetch": 7}
     values["training"] |= {"checkpoint_every": 2, "log_every": 3, "threads": None}
     assert finished_result(Config.model_validate(values)) is not None
+
+
+def test_run_of_an_earlier_version_has_the_defaults_of_settings_that_have_come_since(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "earlier")
+    saved = config.model_dump(mode="json")
+    del saved["data"]["queries"]["synonym_p"]
+    check_continues({"config": saved}, config)
+    values = config.model_dump(mode="json")
+    values["data"]["queries"]["synonym_p"] = 0.1
+    with pytest.raises(DigSegError, match=r"data\.queries\.synonym_p was 0\.5 and is 0\.1"):
+        check_continues({"config": saved}, Config.model_validate(values))
+    saved["data"]["queries"]["shuffled"] = True  # a setting that is gone
+    with pytest.raises(DigSegError, match=r"data\.queries\.shuffled was True and is None"):
+        check_continues({"config": saved}, config)
 
 
 def test_missing_shards_are_found_before_anything_is_started(folder: Path) -> None:
