@@ -2,13 +2,15 @@
 
 Ranks are processes of this machine, joined by gloo. Again and again one of these is done at a random moment: some ranks
 are killed (SIGKILL), one is given notice (SIGTERM), or all are killed and a random file of a random checkpoint is
-truncated, changed in one byte or deleted. Each time the run is started anew with a random number of ranks. When the
-time is up it is given notice and finished; then another run takes as many steps from the beginning, undisturbed.
+truncated, changed in one byte or deleted, so long as another checkpoint is left intact. Each time the run is started
+anew with a random number of ranks. When the time is up it is given notice and finished; then another run takes as many
+steps from the beginning with two ranks, undisturbed.
 
 Both note the samples of each step (``training.log_samples``), which have to be the same: a sample is lost or repeated
 if a step of the disturbed run lacks it or has it beyond what the same step of the other run has. The final losses
-(means of the last logging interval) may differ by rounding, as the numbers of ranks sum in other orders. Exit code 1
-where something was lost.
+(means of the last logging interval) have to be equal with ``--world-sizes 2``. Other numbers of ranks sum gradients in
+other orders: a rounding in float32, 1e-7 of a gradient, grows with the steps taken after it, to less than 2 % of the
+loss after a thousand. Exit code 1 where something was lost.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from launch.preparation import ensure_shards
 GLOBAL_BATCH, MICRO_BATCH = 12, 2
 LOG_EVERY = 10
 START_LIMIT_S = 600.0  # until the first step, on a machine that is busy with other things
-LOSS_TOLERANCE = 0.02  # relative
+UNDISTURBED_RANKS = 2
+LOSS_TOLERANCE = 0.02  # relative; 0 where all ranks sum in the same order
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,9 +79,10 @@ def soak(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     assert len(expected) == steps
     assert sum(map(len, expected.values())) == steps * GLOBAL_BATCH
     lost = sum((Counter(expected[step]) - Counter(taken.get(step, []))).total() for step in expected)
-    repeated = sum((Counter(taken[step]) - Counter(expected.get(step, []))).total() for step in taken)
+    repeated = sum((Counter(taken.get(step, [])) - Counter(expected[step])).total() for step in expected)
     losses = disturbed.last_loss(), undisturbed.last_loss()
     difference = abs(losses[0] - losses[1]) / losses[1]
+    tolerance = 0.0 if set(options.world_sizes) == {UNDISTURBED_RANKS} else LOSS_TOLERANCE
     ledger = json.loads(disturbed.directory.ledger.read_bytes())["seconds"]
     goodput = ledger["productive"] / sum(ledger.values())
     say(f"faults: {', '.join(f'{number} x {kind}' for kind, number in sorted(faults.items()))}")
@@ -94,7 +98,8 @@ def soak(folder: Path, options: argparse.Namespace) -> dict[str, object]:
         "samples_repeated": repeated,
         "final_loss": losses[0],
         "undisturbed_loss": losses[1],
-        "loss_within_tolerance": difference <= LOSS_TOLERANCE,
+        "loss_tolerance": tolerance,
+        "loss_within_tolerance": difference <= tolerance,
         "goodput": goodput,
         "ledger_s": ledger,
     }
@@ -158,7 +163,7 @@ class _Run:
 
     def finish(self, steps: int) -> None:
         """Take the steps that are left, undisturbed."""
-        self.start(world_size=2, steps=steps)
+        self.start(UNDISTURBED_RANKS, steps)
         self.join()
 
     def last_loss(self) -> float:
@@ -198,6 +203,7 @@ def _rank(rank: int, world_size: int, store: Path, config: Config) -> None:
 def _disturb(run: _Run, options: argparse.Namespace) -> Counter[str]:
     """Train for so long, with faults; their number by kind."""
     faults: Counter[str] = Counter()
+    damaged_at: dict[Path, float] = {}
     chance = random.Random(options.seed)
     deadline = time.monotonic() + options.minutes * 60
     while True:
@@ -215,30 +221,42 @@ def _disturb(run: _Run, options: argparse.Namespace) -> Counter[str]:
             run.give_notice(chance.choice(run.ranks))
         else:
             run.kill(run.ranks)
-            kind = _damage(run.directory.checkpoints, chance)
+            kind = _damage(run.directory.checkpoints, damaged_at, chance)
         faults[kind] += 1
         say(f"{deadline - time.monotonic():5.0f} s left: {kind}")
 
 
-def _damage(checkpoints: Path, chance: random.Random) -> str:
-    """Damage a file of a published checkpoint, if there is one; how."""
-    steps = published_steps(checkpoints)
-    if not steps:
+def _damage(checkpoints: Path, damaged_at: dict[Path, float], chance: random.Random) -> str:
+    """Damage a file of a published checkpoint, if another is intact; how.
+
+    Args:
+        damaged_at: when each checkpoint was damaged (Unix time, s), to which this one is added.
+    """
+    directories = [checkpoints / f"step-{step:08d}" for step in published_steps(checkpoints)]
+    intact = [path for path in directories if _written_at(path) > damaged_at.get(path, 0.0)]
+    if len(intact) < 2:
         return "ranks killed"
-    directory = checkpoints / f"step-{chance.choice(steps):08d}"
+    directory = chance.choice(intact)
     path = chance.choice(sorted(file for file in directory.rglob("*") if file.is_file()))
     content = bytearray(path.read_bytes())
     place = chance.randrange(len(content))
     kind = chance.choice(["file deleted", "file truncated", "byte changed"])
     if kind == "file deleted":
         path.unlink()
-        return kind
-    if kind == "file truncated":
-        del content[place:]
     else:
-        content[place] ^= 1 << chance.randrange(8)
-    path.write_bytes(content)
+        if kind == "file truncated":
+            del content[place:]
+        else:
+            content[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+    damaged_at[directory] = time.time()
     return kind
+
+
+def _written_at(checkpoint: Path) -> float:
+    """When a checkpoint was saved, which may be again after it was damaged (Unix time, s); 0 without its manifest."""
+    manifest = checkpoint / "manifest.json"
+    return manifest.stat().st_mtime if manifest.exists() else 0.0
 
 
 def _config(folder: Path, name: str, zero_stage: int) -> Config:

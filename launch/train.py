@@ -69,9 +69,8 @@ def train(config: Config) -> None:
     """Make the shards that are missing, train, and say what came out."""
     # Ray, DeepSpeed and MLflow take seconds to import: a wrong configuration should be told at once.
     from digseg.training.ledger import ledger_summary
-    from digseg.training.logging import read_metrics
+    from digseg.training.logging import read_metrics, throughput_summary
     from digseg.training.run import RunDirectory
-    from digseg.training.throughput import throughput_summary
     from launch.preparation import ensure_shards
 
     ensure_shards(config)

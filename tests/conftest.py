@@ -17,7 +17,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch  # noqa: E402 (the settings above are read when it is imported)
 
 # Files that take longest, started first so that parallel processes end together.
-LONGEST = ["test_readme.py", "cluster/test_train.py", "data_prep/test_shard_killed.py"]
+LONGEST = ["test_readme.py", "cluster/test_nodes.py", "cluster/test_train.py", "data_prep/test_shard_killed.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""A Ray head of a test's own: free ports, token authentication, ended by its process id."""
+"""A Ray head of a test's own, and further nodes: free ports, token authentication, ended by their process ids."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class RayHead:
     dashboard: str
     address: str
     environment: dict[str, str]
+    process: subprocess.Popen[bytes]
 
 
 @contextmanager
@@ -47,7 +48,11 @@ def start_head(folder: Path, environment: Mapping[str, str], num_cpus: int = 2) 
                 f"--dashboard-agent-listen-port={agent_port}", f"--ray-client-server-port={client_port}",
                 f"--metrics-export-port={metrics_port}", "--node-ip-address=127.0.0.1", "--disable-usage-stats",
             ],
-            env={**environment, **auth, "PATH": f"{programs}:{os.environ['PATH']}"},
+            # Ray's own actors ask the dashboard, and would not know which of several clusters' is theirs.
+            env={
+                **environment, **auth, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
+                "PATH": f"{programs}:{os.environ['PATH']}",
+            },
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     dashboard = f"http://127.0.0.1:{dashboard_port}"
@@ -55,16 +60,44 @@ def start_head(folder: Path, environment: Mapping[str, str], num_cpus: int = 2) 
         # A job is taken as soon as both answer: the dashboard hands it to the agent, which starts after it.
         for url in (f"{dashboard}/api/version", f"http://127.0.0.1:{agent_port}/api/healthz"):
             _wait_until_up(url, auth["RAY_AUTH_TOKEN"], head, folder / "ray_head.log")
-        yield RayHead(dashboard, f"127.0.0.1:{port}", {**auth, "RAY_API_SERVER_ADDRESS": dashboard})
+        yield RayHead(dashboard, f"127.0.0.1:{port}", {**auth, "RAY_API_SERVER_ADDRESS": dashboard}, head)
     finally:
-        # --block ends with all that it started; the group is the head's own, so what is left of it goes too.
+        # --block ends with all that it started.
         head.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, signal.SIGKILL)
-        head.wait()
+        kill_node(head)
         shutil.rmtree(session, ignore_errors=True)
+
+
+@contextmanager
+def start_node(
+    folder: Path, head: RayHead, environment: Mapping[str, str], num_cpus: int = 1
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A further node of the cluster, on this machine, for the duration of the block."""
+    programs = str(Path(sys.executable).parent)
+    agent_port, metrics_port = _free_ports(2)
+    with (folder / f"ray_node_{agent_port}.log").open("w") as log:
+        node = subprocess.Popen(
+            [
+                f"{programs}/ray", "start", f"--address={head.address}", "--block", f"--num-cpus={num_cpus}",
+                f"--dashboard-agent-listen-port={agent_port}", f"--metrics-export-port={metrics_port}",
+                "--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats",
+            ],
+            env={**environment, **head.environment, "PATH": f"{programs}:{os.environ['PATH']}"},
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield node
+    finally:
+        kill_node(node)
+
+
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """Take a head or a node away as a machine goes: all its processes at once, which are a group of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -18,8 +18,9 @@ from digseg.cluster.runtime import ray_session  # sets what Ray reads when it is
 
 # How soon the controller notices a dead worker; Ray's default is 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-# A busy machine or a cold file cache may need more than Ray's 60 s to start all workers.
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+# How long workers wait for their place before their number is chosen anew: for some seconds after a node was lost, Ray
+# takes it for one that is there. Ray's default is 60 s.
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
 # It would print what a worker prints a second time.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
@@ -141,17 +142,18 @@ class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
         self._world_sizes = config.world_sizes
 
     def _create_default_callbacks(self) -> list[Any]:
-        """On one machine, without the actors that watch for the loss of others: they cost seconds of start-up.
+        """Without the actors that are not needed: each costs seconds of every start.
 
-        The one that frees a dead controller's placement group asks the dashboard about it each second, and
+        One hands out Ray's own data sets, which are not used here. On one machine nobody has to watch for the loss of
+        others; and the one that frees a dead controller's placement group asks the dashboard about it each second, and
         complains aloud each second where there is none; here the group goes with the session.
         """
-        if len(ray.nodes()) > 1:
-            return [*super()._create_default_callbacks(), _Listening()]
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        unneeded = ["DatasetsCallback"]
+        if len(ray.nodes()) == 1:
+            unneeded.append("PlacementGroupCleanerCallback")
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         callbacks = super()._create_default_callbacks()
-        needed = [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
-        return [*needed, _Listening()]
+        return [*(callback for callback in callbacks if type(callback).__name__ not in unneeded), _Listening()]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self.scaling_config.elasticity_enabled:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -108,26 +106,6 @@ def measured_peak(precision: str, device: torch.device) -> float:
         clock.step()
         seconds.append(clock.percentiles()["step_time_p50_s"])
     return float(2 * side**3 / min(seconds))
-
-
-def throughput_summary(lines: Iterable[Mapping[str, Any]]) -> str:
-    """The speed of a run in one line, by the medians of its ``metrics.jsonl`` (without step 1, which pays for the
-    start); empty where there is nothing to say."""
-    timed = [line for line in lines if line.get("mfu")]
-    timed = [line for line in timed if line["step"] > 1] or timed
-    if not timed:
-        return ""
-    figure = {name: median(line[name] for line in timed) for name in timed[0] if name in _SUMMARISED}
-    return (
-        f"{figure['images_per_second']:.1f} images/s, {figure['step_time_p50_s']:.3f} s a step (95 %: "
-        f"{figure['step_time_p95_s']:.3f} s), {figure['tflops']:.3f} TFLOP/s, {100 * figure['mfu']:.0f} % of the "
-        f"device's peak, {100 * figure['data_wait_share']:.0f} % waiting for data, {figure['memory_gb']:.1f} GB"
-    )
-
-
-_SUMMARISED = {
-    "images_per_second", "step_time_p50_s", "step_time_p95_s", "tflops", "mfu", "data_wait_share", "memory_gb",
-}  # fmt: skip
 
 
 def _flops(config: Config, text_dim: int, num_classes: int) -> ImageFlops:

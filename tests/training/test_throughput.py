@@ -13,9 +13,9 @@ from small_world import VOCABULARY, write_squares
 from digseg.training import throughput
 from digseg.training.flops import image_flops
 from digseg.training.gpus import GPUS, known_gpu
-from digseg.training.logging import read_metrics
+from digseg.training.logging import read_metrics, throughput_summary
 from digseg.training.run import finished_result
-from digseg.training.throughput import StepClock, Throughput, measured_peak, throughput_summary
+from digseg.training.throughput import StepClock, Throughput, measured_peak
 from digseg.training.trainer import Trainer
 from digseg.training.world import World
 
