@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 START_TIMEOUT_S = 120
 
 
@@ -77,26 +79,38 @@ def start_node(
     """A further node of the cluster, on this machine, for the duration of the block."""
     programs = str(Path(sys.executable).parent)
     agent_port, metrics_port = _free_ports(2)
-    with (folder / f"ray_node_{agent_port}.log").open("w") as log:
+    output = folder / f"ray_node_{agent_port}.log"
+    with output.open("w") as log:
         node = subprocess.Popen(
             [
                 f"{programs}/ray", "start", f"--address={head.address}", "--block", f"--num-cpus={num_cpus}",
                 f"--dashboard-agent-listen-port={agent_port}", f"--metrics-export-port={metrics_port}",
                 "--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats",
             ],
-            env={**environment, **head.environment, "PATH": f"{programs}:{os.environ['PATH']}"},
+            env={
+                **environment, **head.environment, "RAY_raylet_start_wait_time_s": str(START_TIMEOUT_S),
+                "PATH": f"{programs}:{os.environ['PATH']}",
+            },
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
+        while "Ray runtime started" not in output.read_text():
+            assert node.poll() is None, output.read_text()[-3000:]
+            time.sleep(0.1)
         yield node
     finally:
         kill_node(node)
 
 
 def kill_node(node: subprocess.Popen[bytes]) -> None:
-    """Take a head or a node away as a machine goes: all its processes at once, which are a group of its own."""
+    """Take a head or a node away as a machine goes: all its processes at once."""
+    # Workers are in groups of their own, and would live for a moment longer.
+    processes = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
     with contextlib.suppress(ProcessLookupError):
         os.killpg(node.pid, signal.SIGKILL)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     node.wait()
 
 
