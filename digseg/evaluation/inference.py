@@ -189,7 +189,7 @@ class Predictor:
     def _probabilities(self, image: NDArray[np.uint8], queries: tuple[ClassQuery, ...]) -> Tensor:
         """Of one window, taken as an image of its own: ``[K, H, W]``."""
         height, width = image.shape[:2]
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(self._device)
+        pixels = torch.from_numpy(np.require(image, requirements=("C", "W"))).to(self._device)
         pixels = pixels.permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1.0
         scaled = F.interpolate(
             pixels, self._working_size(height, width), mode="bilinear", antialias=True, align_corners=False
