@@ -6,7 +6,8 @@
    U-Net and autoencoder are stand-ins, whose operations stand in the ratio of Stable Diffusion 2's.
 2. The *bare loop* is PyTorch's DistributedDataParallel around DigSeg's own module, with the same precision, batch and
    optimizer, gradients clipped, and nothing else; 2 processes. DigSeg adds DeepSpeed, the average of the weights, the
-   guard and logging. (Ray starts the processes and has no part in a step.)
+   guard and logging. (Ray starts the processes and has no part in a step.) ZeRO stage 0 shards nothing, as DDP;
+   ``--zero-stage`` shows what sharding costs beside it.
 
 Both sides take turns, so that a machine that slows down slows both. Figures are medians of all timed steps; a spread
 is that of the rounds.
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=64, help="channels of the U-Net's first level (SD2: 320)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="timed steps a round, for each side")
-    parser.add_argument("--zero-stage", type=int, default=1, choices=(0, 1, 2, 3))
+    parser.add_argument("--zero-stage", type=int, default=0, choices=(0, 1, 2, 3))
     add_json(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
