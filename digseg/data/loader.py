@@ -66,8 +66,10 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with all that the model reads on ``device``, in the types that it computes with."""
+        # A copy from memory that is not pinned waits for all that the device has still to do.
+        pinned = non_blocking and torch.device(device).type == "cuda"
         moved = {
-            name: value.to(device, non_blocking=non_blocking)
+            name: (value.pin_memory() if pinned else value).to(device, non_blocking=non_blocking)
             for name in ("images", "labels", "query_ids", "colour_ids", "class_weights", "latents")
             if (value := getattr(self, name)) is not None
         }

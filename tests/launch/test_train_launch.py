@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,33 @@ def test_local_run_trains_without_ray_and_says_where_everything_is(
     assert run.info.run_name == "alone"
     for expected in (str(tmp_path / "runs/alone"), run.info.run_id, "at step 3", "images/s"):
         assert expected in done.stdout
+
+
+def test_a_plan_starts_nothing_and_is_there_for_programs_too(
+    config_file: Path, tmp_path: Path, repository: Path
+) -> None:
+    manifest = write_squares(tmp_path / "shards", "train", 8)
+    program = (
+        "import sys; from launch.train import main; main(sys.argv[1:]); main([*sys.argv[1:], '--json']); "
+        "assert not {'ray', 'deepspeed', 'mlflow'} & set(sys.modules), 'a plan imported what it does not need'"
+    )
+    command = [sys.executable, "-c", program, "--config", str(config_file), "--plan"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table, _, plan = done.stdout.partition("\n{\n")
+    planned = json.loads("{\n" + plan)
+    assert set(planned["memory"]) == {"zero0", "zero1", "zero2", "zero3"}
+    assert planned["step_flops"] == 8 * planned["training_flops"] > 8 * planned["forward_flops"] > 0
+    assert (planned["steps"], planned["images"]) == (3, manifest.samples)
+    total = planned["memory"]["zero1"]["total"] / 1e6
+    for row in (
+        f"{planned['trainable_parameters'] / 1e6:.3f} M",
+        f"{total:.1f} MB",
+        f"{planned['images_per_second']:,.0f} images/s",
+        f"DeepSpeed is started with {json.dumps(planned['deepspeed'])}",
+    ):
+        assert row in table, row
+    assert not (tmp_path / "runs").exists()
 
 
 def test_stable_diffusion_is_fine_tuned_by_its_config_and_predicts(tmp_path: Path, repository: Path) -> None:

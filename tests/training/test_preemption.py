@@ -66,14 +66,9 @@ def test_terminated_program_saves_says_so_and_ends(tmp_path: Path, repository: P
     config_file = tmp_path / "run.yaml"
     config_file.write_text(dump_config(config))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "launch/train.py", "--config", str(config_file)]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            *(torchrun if launcher == "torchrun" else []),
-            "launch/train.py",
-            "--config",
-            str(config_file),
-        ],
+        [sys.executable, *torchrun, *command[1:]] if launcher == "torchrun" else command,
         cwd=repository,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -85,6 +80,10 @@ def test_terminated_program_saves_says_so_and_ends(tmp_path: Path, repository: P
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        if launcher == "alone":
+            second = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=240, check=False)
+            assert (second.returncode, process.poll()) == (2, None), second.stderr
+            assert f"run 'alone' in {tmp_path / 'runs'} is being trained by process {process.pid} on" in second.stderr
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=END_TIMEOUT_S)
     finally:

@@ -134,6 +134,20 @@ def test_interrupted_run_ends_as_the_undisturbed_one_bit_for_bit(folder: Path, k
     assert whole is not None
     for file in ("unet/diffusion_pytorch_model.safetensors", "pathway/diffusion_pytorch_model.safetensors"):
         assert (Path(result.model_dir) / file).read_bytes() == (Path(whole.model_dir) / file).read_bytes()
+    lost = json.loads((folder / "runs" / name / "ledger.json").read_bytes())["seconds"]["lost"]
+    # Step 4 was logged, and taken again after the checkpoint of step 3.
+    assert (lost > 0) == (killed_after == 5)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_interrupted_run_of_another_stage_ends_as_its_undisturbed_one_bit_for_bit(folder: Path, stage: int) -> None:
+    config = run_config(folder, f"stage{stage}", zero_stage=stage)
+    train_until_killed(config, 5)
+    killed = Trainer(config, World()).train()
+    whole = Trainer(run_config(folder, f"whole{stage}", zero_stage=stage), World()).train()
+    assert loss_curve(folder, f"stage{stage}") == loss_curve(folder, f"whole{stage}")
+    for file in ("unet/diffusion_pytorch_model.safetensors", "pathway/diffusion_pytorch_model.safetensors"):
+        assert (Path(killed.model_dir) / file).read_bytes() == (Path(whole.model_dir) / file).read_bytes()
 
 
 def test_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
