@@ -15,8 +15,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -196,10 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.kept:
         ensure_shards(runs[0].config())
         with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-            tasks = [pool.submit(_measure, run) for run in runs if not run.measured.exists()]
-            tasks += [pool.submit(_ask, run) for run in asked if not run.answered.exists()]
-            for task in tasks:
-                task.result()
+            _wait(pool.submit(_measure, run) for run in runs if not run.measured.exists())
+            # Of models that are trained by now: two processes must not train one run.
+            _wait(pool.submit(_ask, run) for run in asked if not run.answered.exists())
     measured = {run: json.loads(run.measured.read_text()) for run in runs if run.measured.exists()}
     answered = {run: json.loads(run.answered.read_text()) for run in asked if run.answered.exists()}
     if not measured:
@@ -214,6 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "questions": [{"seed": run.seed, **found} for run, found in answered.items()],
     }
     report(figures, options.json)
+
+
+def _wait(tasks: Iterable[Future[None]]) -> None:
+    """Until all have ended, or one has failed."""
+    for task in list(tasks):
+        task.result()
 
 
 def _measure(run: Run) -> None:

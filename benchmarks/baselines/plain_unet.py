@@ -196,7 +196,9 @@ def trained(config: Config) -> PlainModel:
     if not weights.exists():
         state = _trained(config, data, segmenter, rows)
         weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, weights)
+        partial = weights.with_suffix(".tmp")
+        torch.save(state, partial)
+        partial.replace(weights)
     segmenter.load_state_dict(torch.load(weights, weights_only=True))
     return PlainModel(config, segmenter, rows)
 

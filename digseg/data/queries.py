@@ -67,9 +67,9 @@ def query_vocabulary(
     """The query vocabulary of one corpus of a mixture.
 
     A name is foreign if some corpus of *another* domain has it and it can not be visible here: it is not in
-    the vocabulary, not in ``may_contain``, and no corpus of the same domain has it (two corpora of a domain
-    often have two words for one thing), nor any of these as a synonym. Foreign names go by their synonyms too, as a
-    wording would else tell that the class is one of the image's own corpus.
+    the vocabulary, not in ``may_contain``, and no corpus of the same domain has it, or a synonym like it (two corpora
+    of a domain often have two words for one thing); case does not count, as text encoders do not read it. Foreign names
+    go by their synonyms too, as a wording would else tell that the class is one of the image's own corpus.
 
     Args:
         names: the table of names.
@@ -79,8 +79,9 @@ def query_vocabulary(
     for other in manifests:
         if other.domain == manifest.domain:
             visible.update(other.vocabulary, *synonyms.get(other.corpus, {}).values())
+    visible = {word.lower() for word in visible}
     known = class_names(manifests)
-    foreign = [name for name in known if name not in visible]
+    foreign = [name for name in known if name.lower() not in visible]
     wordings = {**unambiguous(synonyms, foreign, visible.union(known)), **synonyms.get(manifest.corpus, {})}
     own = manifest.vocabulary
 

@@ -59,9 +59,17 @@ def unambiguous(synonyms: Synonyms, names: Collection[str], known: Collection[st
     for classes in synonyms.values():
         for name, wordings in classes.items():
             for wording in wordings:
-                meanings[wording].add(name)
+                meanings[wording.lower()].add(name)
+    taken = {word.lower() for word in known}
     return {
-        name: sorted(wording for wording, meant in meanings.items() if meant == {name} and wording not in known)
+        name: sorted(
+            {
+                word
+                for classes in synonyms.values()
+                for word in classes.get(name, ())
+                if meanings[word.lower()] == {name} and word.lower() not in taken
+            }
+        )
         for name in names
     }
 

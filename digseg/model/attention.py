@@ -98,7 +98,8 @@ def _chosen(asked: str, device: torch.device) -> AttentionKernel:
 def _check_xformers(device: torch.device) -> None:
     if device.type != "cuda":
         raise DigSegError(
-            f"{_KEY}: xformers has no kernel for {device.type}; set {_KEY} to auto, sdpa or math on this machine"
+            f"{_KEY}: xformers has no kernel for {device.type}; set {_KEY} to auto, sdpa or math on this machine (with "
+            "CUDA, `pip install 'digseg[gpu]'` installs it)"
         )
     if importlib.util.find_spec("xformers") is None:
         raise DigSegError(f"{_KEY}: xformers is not installed; run `pip install 'digseg[gpu]'`, or set auto or sdpa")

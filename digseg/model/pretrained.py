@@ -217,11 +217,10 @@ def _another_architecture(key: str, folder: Path, why: str) -> DigSegError:
 
 def _fetched(source: str, files: list[str], key: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, allow_patterns=files))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's own, and those of the HTTP library that its client happens to use
         raise DigSegError(
             f"{key} {source!r} is no folder here, and cannot be fetched from the Hugging Face hub "
             f"({_short(error)}); {HOW_TO_GET}"

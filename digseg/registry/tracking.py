@@ -182,7 +182,8 @@ class MlflowRun:
 
     def _open(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str], facts: Mapping[str, str]) -> None:
         self._client.update_run(self.run_id, status="RUNNING")
-        self._log_parameters(flattened(config))
+        kernel = {name: fact for name, fact in facts.items() if name == "attention_kernel"}
+        self._log_parameters(flattened(config) | kernel)
         tags = {
             **lineage.source_revision(),
             **facts,

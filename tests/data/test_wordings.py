@@ -111,7 +111,11 @@ def test_foreign_classes_go_by_their_synonyms_too_but_never_by_what_may_be_visib
 
 
 def test_a_synonym_of_an_own_class_is_not_asked_for_as_a_foreign_one() -> None:
-    for synonyms, expected in (({}, {"field", "water"}), ({"street": {"road": ["field"]}}, {"water"})):
+    for synonyms, expected in (
+        ({}, {"field", "water"}),
+        ({"street": {"road": ["field"]}}, {"water"}),
+        ({"street": {"road": ["Field"]}}, {"water"}),  # of the same embedding
+    ):
         names = name_table([STREET, TILES], synonyms)
         vocabulary = query_vocabulary(STREET, [STREET, TILES], names, synonyms)
         assert {names[number] for number in vocabulary.foreign_name_ids} == expected

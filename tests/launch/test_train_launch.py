@@ -43,7 +43,8 @@ def test_local_run_trains_without_ray_and_says_where_everything_is(
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").search_runs(["1"])
     assert run.info.run_name == "alone"
-    for expected in (str(tmp_path / "runs/alone"), run.info.run_id, "at step 3", "images/s"):
+    assert run.data.params["attention_kernel"] == "math"
+    for expected in ("attention: math (auto: ", str(tmp_path / "runs/alone"), run.info.run_id, "at step 3", "images/s"):
         assert expected in done.stdout
 
 
