@@ -34,5 +34,5 @@ def test_a_damaged_manifest_is_not_taken_for_missing(tmp_path: Path) -> None:
         present_manifests(config.data.root)
     with pytest.raises(DigSegError, match=r"manifest\.json"):
         ensure_shards(config)
-    with pytest.raises(DigSegError, match=r"manifest\.json"):
-        make_plan(config, 384)
+    # A plan, which may be made where the shards cannot be read, says so.
+    assert [warning for warning in make_plan(config, 384).warnings if "manifest.json" in warning]
