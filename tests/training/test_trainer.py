@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,8 @@ def test_no_step_outside_the_logging_interval_waits_for_the_device(
     # Steps 1, 4 and 8 are logged, and the checkpoint follows step 8.
     assert {step for step, _ in reads.of_project} == {1, 4, 8}
     assert {name for step, name in reads.of_project if step < 8} <= {"tolist", "__float__"}
+    # DeepSpeed's own, as docs/training.md says: what it asks of the gradient's norm.
+    assert [name for step, name in reads.of_deepspeed if step == 3] == ["__bool__"] * (0, 2, 2, 1)[stage]
 
 
 def test_offloading_reads_one_verdict_a_step_on_the_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,22 +349,30 @@ def test_offloading_reads_one_verdict_a_step_on_the_host(folder: Path, monkeypat
     monkeypatch.setattr(trainer, "train_step", counted)
     trainer.train()
     assert reads.of_project == [(1, "cpu"), (2, "cpu"), (3, "cpu")]  # of two micro-batches each
+    of_deepspeed = Counter(reads.of_deepspeed)
+    parameters = sum(1 for _ in trainer.engine._deepspeed.module.parameters())
+    assert of_deepspeed[3, "item"] == parameters + 1
+    assert of_deepspeed[3, "__bool__"] == parameters + 2
 
 
 class HostReads:
-    """Notes the calls by which digseg, in the thread that trains, hands a tensor's values to the host."""
+    """Notes the calls by which digseg and DeepSpeed, in the thread that trains, hand a tensor's values to the host."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.step = 0
         self.of_project: list[tuple[int, str]] = []
+        self.of_deepspeed: list[tuple[int, str]] = []
         for name in ("item", "cpu", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "nonzero"):
             monkeypatch.setattr(torch.Tensor, name, self._noting(name, getattr(torch.Tensor, name)))
 
     def _noting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1).f_globals["__name__"]
-            if self.step and caller.startswith("digseg.") and threading.current_thread() is threading.main_thread():
-                self.of_project.append((self.step, name))
+            if self.step and threading.current_thread() is threading.main_thread():
+                if caller.startswith("digseg."):
+                    self.of_project.append((self.step, name))
+                elif caller.startswith("deepspeed."):
+                    self.of_deepspeed.append((self.step, name))
             return original(tensor, *args, **kwargs)
 
         return call
