@@ -24,6 +24,7 @@ from shared import ROOT, add_json, configured, report
 from digseg.config import Config, PredictionConfig
 from digseg.console import say
 from digseg.data.corpus import Sample, ShardedCorpus
+from digseg.errors import run_main
 from digseg.evaluation.classes import check_classes
 from digseg.evaluation.evaluate import Question, count_samples
 from digseg.evaluation.inference import Predictor
@@ -162,4 +163,4 @@ def _ade20k_passes(predictor: Predictor) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -57,7 +57,7 @@ class FilePixels:
     (PNG, JPEG) and is large is decoded once, into a temporary file.
 
     Gives what :func:`digseg.evaluation.images.read_image` gives: upright, without transparency, grey as RGB, 16-bit
-    grey and floats scaled so that the brightest pixel is white.
+    grey (without transparency) and floats scaled so that the brightest pixel is white.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +118,7 @@ class FilePixels:
     def _eight_bit(self, image: Any) -> Any:
         if image.format == "uchar":
             return image
-        if image.bands >= 3:
+        if image.bands >= 2:  # Pillow treats grey with transparency as colours too
             if image.format != "ushort":
                 raise DigSegError(f"{self._path}: colours of type {image.format}; give 8 or 16 bits a channel")
             return (image >> 8).cast("uchar")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pyvips
 import tifffile
 from numpy.typing import NDArray
 from PIL import Image
@@ -31,6 +32,10 @@ def _written(folder: Path, colours: NDArray[np.uint8], kind: str) -> Path:
         rgb.save(path, exif=exif, quality=95)
     elif kind == "16-bit":
         Image.fromarray(colours[..., 0].astype(np.uint16) * 30 + 7).save(path)
+    elif kind == "16-bit with alpha":
+        grey = np.ascontiguousarray(colours[..., :2].astype(np.uint16) * 250)
+        image = pyvips.Image.new_from_memory(grey.data, grey.shape[1], grey.shape[0], 2, "ushort")
+        image.copy(interpretation="grey16").pngsave(str(path))
     elif kind == "palette":
         rgb.quantize(32).save(path)
     else:
@@ -42,7 +47,20 @@ def _written(folder: Path, colours: NDArray[np.uint8], kind: str) -> Path:
 
 @pytest.mark.parametrize(
     "kind",
-    ["rgb", "jpeg", "tiled", "turned", "rgba", "grey", "grey with alpha", "16-bit", "palette", "bits", "cmyk"],
+    [
+        "rgb",
+        "jpeg",
+        "tiled",
+        "turned",
+        "rgba",
+        "grey",
+        "grey with alpha",
+        "16-bit",
+        "16-bit with alpha",
+        "palette",
+        "bits",
+        "cmyk",
+    ],
 )
 def test_parts_are_those_of_the_whole_image(tmp_path: Path, colours: NDArray[np.uint8], kind: str) -> None:
     path = _written(tmp_path, colours, kind)
