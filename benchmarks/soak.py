@@ -2,9 +2,9 @@
 
 Ranks are processes of this machine, joined by gloo. Again and again one of these is done at a random moment: some ranks
 are killed (SIGKILL), one is given notice (SIGTERM), or all are killed and a random file of a random checkpoint is
-truncated, changed in one byte or deleted, so long as another checkpoint is left intact. Each time the run is started
-anew with a random number of ranks. When the time is up it is given notice and finished; then another run takes as many
-steps from the beginning with two ranks, undisturbed.
+truncated, changed in one byte or deleted. Each time the run is started anew with a random number of ranks; where no
+checkpoint is intact any more, it begins again. When the time is up it is given notice, and takes what is left of all
+steps that it ever took; then another run takes as many from the beginning with two ranks, undisturbed.
 
 Both note the samples of each step (``training.log_samples``), which have to be the same: a sample is lost or repeated
 if a step of the disturbed run lacks it or has it beyond what the same step of the other run has. The final losses
@@ -33,7 +33,7 @@ from shared import add_json, configured, report, small_run
 
 from digseg.config import Config
 from digseg.console import say
-from digseg.errors import StoppedError
+from digseg.errors import StoppedError, run_main
 from digseg.training.checkpoint import published_steps
 from digseg.training.logging import read_metrics
 from digseg.training.run import RunDirectory
@@ -70,7 +70,8 @@ def soak(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     disturbed = _Run(_config(folder, "disturbed", options.zero_stage))
     ensure_shards(disturbed.config)
     faults = _disturb(disturbed, options)
-    steps = published_steps(disturbed.directory.checkpoints)[-1] + LOG_EVERY
+    # Damage may have thrown the run back: every step that it ever took is taken to its end.
+    steps = max(samples_of_steps(disturbed.directory.samples)) + 1 + LOG_EVERY
     disturbed.finish(steps)
     undisturbed = _Run(_config(folder, "undisturbed", options.zero_stage))
     undisturbed.finish(steps)
@@ -79,7 +80,7 @@ def soak(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     assert len(expected) == steps
     assert sum(map(len, expected.values())) == steps * GLOBAL_BATCH
     lost = sum((Counter(expected[step]) - Counter(taken.get(step, []))).total() for step in expected)
-    repeated = sum((Counter(taken.get(step, [])) - Counter(expected[step])).total() for step in expected)
+    repeated = sum((Counter(taken[step]) - Counter(expected.get(step, []))).total() for step in taken)
     losses = disturbed.last_loss(), undisturbed.last_loss()
     difference = abs(losses[0] - losses[1]) / losses[1]
     tolerance = 0.0 if set(options.world_sizes) == {UNDISTURBED_RANKS} else LOSS_TOLERANCE
@@ -203,7 +204,6 @@ def _rank(rank: int, world_size: int, store: Path, config: Config) -> None:
 def _disturb(run: _Run, options: argparse.Namespace) -> Counter[str]:
     """Train for so long, with faults; their number by kind."""
     faults: Counter[str] = Counter()
-    damaged_at: dict[Path, float] = {}
     chance = random.Random(options.seed)
     deadline = time.monotonic() + options.minutes * 60
     while True:
@@ -221,42 +221,30 @@ def _disturb(run: _Run, options: argparse.Namespace) -> Counter[str]:
             run.give_notice(chance.choice(run.ranks))
         else:
             run.kill(run.ranks)
-            kind = _damage(run.directory.checkpoints, damaged_at, chance)
+            kind = _damage(run.directory.checkpoints, chance)
         faults[kind] += 1
         say(f"{deadline - time.monotonic():5.0f} s left: {kind}")
 
 
-def _damage(checkpoints: Path, damaged_at: dict[Path, float], chance: random.Random) -> str:
-    """Damage a file of a published checkpoint, if another is intact; how.
-
-    Args:
-        damaged_at: when each checkpoint was damaged (Unix time, s), to which this one is added.
-    """
-    directories = [checkpoints / f"step-{step:08d}" for step in published_steps(checkpoints)]
-    intact = [path for path in directories if _written_at(path) > damaged_at.get(path, 0.0)]
-    if len(intact) < 2:
+def _damage(checkpoints: Path, chance: random.Random) -> str:
+    """Damage a file of a published checkpoint, if there is one; how."""
+    steps = published_steps(checkpoints)
+    if not steps:
         return "ranks killed"
-    directory = chance.choice(intact)
+    directory = checkpoints / f"step-{chance.choice(steps):08d}"
     path = chance.choice(sorted(file for file in directory.rglob("*") if file.is_file()))
     content = bytearray(path.read_bytes())
     place = chance.randrange(len(content))
     kind = chance.choice(["file deleted", "file truncated", "byte changed"])
     if kind == "file deleted":
         path.unlink()
+        return kind
+    if kind == "file truncated":
+        del content[place:]
     else:
-        if kind == "file truncated":
-            del content[place:]
-        else:
-            content[place] ^= 1 << chance.randrange(8)
-        path.write_bytes(content)
-    damaged_at[directory] = time.time()
+        content[place] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
     return kind
-
-
-def _written_at(checkpoint: Path) -> float:
-    """When a checkpoint was saved, which may be again after it was damaged (Unix time, s); 0 without its manifest."""
-    manifest = checkpoint / "manifest.json"
-    return manifest.stat().st_mtime if manifest.exists() else 0.0
 
 
 def _config(folder: Path, name: str, zero_stage: int) -> Config:
@@ -282,4 +270,4 @@ def _config(folder: Path, name: str, zero_stage: int) -> Config:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
