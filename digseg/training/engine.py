@@ -309,8 +309,8 @@ def _initialised(
 def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
     """Load a state into a module whose frozen weights it lacks (named as DeepSpeed names its arguments)."""
     missing, unexpected = dst.load_state_dict(src, strict=False)
-    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
-    wrong = sorted({*unexpected, *trained.intersection(missing)})
+    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    wrong = sorted({*unexpected, *set(missing).difference(frozen)})
     if wrong:
         raise DigSegError(f"the checkpoint is of another module: {len(wrong)} weights do not fit, first {wrong[0]}")
 
