@@ -178,10 +178,8 @@ class Storage:
         Raises:
             DigSegError: for any OSError.
         """
-        try:
+        with _refused(f"{self.root} cannot be read", "; try again once it can"):
             yield
-        except OSError as error:
-            raise DigSegError(f"{self.root} cannot be read: {error}; try again once it can") from error
 
     @contextmanager
     def writing(self, path: str) -> Iterator[None]:
@@ -190,10 +188,8 @@ class Storage:
         Raises:
             DigSegError: for any OSError.
         """
-        try:
+        with _refused(f"cannot write {self.url(path)}"):
             yield
-        except OSError as error:
-            raise DigSegError(f"cannot write {self.url(path)}: {error}") from error
 
     @contextmanager
     def _remotely(self) -> Iterator[Any]:
@@ -213,3 +209,12 @@ class Storage:
                 raise DigSegError(f"cannot open {self.root}: {error}") from error
             self._remote_pid = os.getpid()
         return self._remote
+
+
+@contextmanager
+def _refused(what: str, advice: str = "") -> Iterator[None]:
+    """What the operating system or an object store refuses, as an error that says ``what`` and gives ``advice``."""
+    try:
+        yield
+    except OSError as error:
+        raise DigSegError(f"{what}: {error}{advice}") from error

@@ -31,6 +31,9 @@ _STATUSES: dict[RunStatus, str] = {"finished": "FINISHED", "stopped": "KILLED", 
 _PARAM_LENGTH = 6000
 _DIGEST_LENGTH = 36
 
+# Facts that are choices of the run, and so parameters too.
+_CHOSEN = ("attention_kernel",)
+
 # Figures of a corpus that become metrics of an evaluation.
 _CORPUS_FIGURES = (
     "miou",
@@ -182,8 +185,8 @@ class MlflowRun:
 
     def _open(self, config: Mapping[str, Any], dataset_digests: Mapping[str, str], facts: Mapping[str, str]) -> None:
         self._client.update_run(self.run_id, status="RUNNING")
-        kernel = {name: fact for name, fact in facts.items() if name == "attention_kernel"}
-        self._log_parameters(flattened(config) | kernel)
+        chosen = {name: facts[name] for name in _CHOSEN if name in facts}
+        self._log_parameters(flattened({**config, **chosen}))
         tags = {
             **lineage.source_revision(),
             **facts,
