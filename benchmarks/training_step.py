@@ -6,8 +6,8 @@
    U-Net and autoencoder are stand-ins, whose operations stand in the ratio of Stable Diffusion 2's.
 2. The *bare loop* is PyTorch's DistributedDataParallel around DigSeg's own module, with the same precision, batch and
    optimizer, gradients clipped, and nothing else; 2 processes. DigSeg adds DeepSpeed, the average of the weights, the
-   guard and logging. (Ray starts the processes and has no part in a step.) ZeRO stage 0 shards nothing, as DDP;
-   ``--zero-stage`` shows what sharding costs beside it.
+   guard and logging. (Ray starts the processes and has no part in a step.) It is compared twice: with the ZeRO
+   stage of ``--zero-stage``, and with stage 0, which shards nothing, as DDP.
 
 Both sides take turns, so that a machine that slows down slows both. Figures are medians of all timed steps; a spread
 is that of the rounds.
@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from digseg.config import Config
 from digseg.console import say
 from digseg.data.loader import Batch
+from digseg.errors import run_main
 from digseg.model.denoiser import build_unet
 from digseg.model.training_module import SegmenterLoss, resolve_precision
 from digseg.training.engine import Engine
@@ -86,15 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=64, help="channels of the U-Net's first level (SD2: 320)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="timed steps a round, for each side")
-    parser.add_argument("--zero-stage", type=int, default=0, choices=(0, 1, 2, 3))
+    parser.add_argument("--zero-stage", type=int, default=1, choices=(0, 1, 2, 3))
     add_json(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         result = _measured(options, Path(folder))
-    reference, bare = result["reference_loop"], result["bare_loop"]
+    compared = {
+        "reference loop, 1 process": result["reference_loop"],
+        f"bare loop, 2 processes, ZeRO {options.zero_stage}": result["bare_loop"],
+        "bare loop, 2 processes, ZeRO 0": result["bare_loop_unsharded"],
+    }
     say(f"{result['device']}, torch {torch.__version__}, {result['precision']}, {options.batch} images a process")
     say(f"GFLOP an image: {result['step_gflops']:.1f} of a step, {result['encoding_gflops']:.1f} of encoding it")
-    for name, sides in (("reference loop, 1 process", reference), ("bare loop, 2 processes", bare)):
+    for name, sides in compared.items():
         say(
             f"{name}: {sides['other_s']:.2f} s a step, DigSeg {sides['digseg_s']:.2f} s: "
             f"{sides['ratio']:.2f} x ({sides['low']:.2f} to {sides['high']:.2f} over {options.rounds} rounds)"
@@ -108,11 +113,15 @@ def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     vae, encoding = _autoencoder(step * SD2_ENCODING / SD2_STEP, options.pixels)
     against_reference = _against_reference(config, vae, options)
     against_bare = _against_bare(config, options, folder)
+    unsharded = config.model_copy(update={"training": config.training.model_copy(update={"zero_stage": 0})})
+    against_bare_unsharded = _against_bare(unsharded, options, folder) if options.zero_stage else against_bare
     return {
         "ratio_vs_reference_loop": round(against_reference.summary()["ratio"], 3),
         "ratio_vs_bare_loop": round(against_bare.summary()["ratio"], 3),
+        "ratio_vs_bare_loop_unsharded": round(against_bare_unsharded.summary()["ratio"], 3),
         "reference_loop": against_reference.summary(),
         "bare_loop": against_bare.summary(),
+        "bare_loop_unsharded": against_bare_unsharded.summary(),
         "step_gflops": step / 1e9,
         "encoding_gflops": encoding / 1e9,
         "precision": resolve_precision(config.training.precision, torch.device("cpu")),
@@ -236,9 +245,9 @@ def _digseg_step(config: Config, batch: Batch, world: World) -> Callable[[], Non
 
 
 def _against_bare(config: Config, options: argparse.Namespace, folder: Path) -> Sides:
-    mp.start_processes(_compare_in_rank, (config, options, folder), nprocs=2, start_method="spawn")
-    (sides,) = (json.loads(path.read_text()) for path in folder.glob("sides.json"))
-    return Sides(**sides)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        mp.start_processes(_compare_in_rank, (config, options, Path(own)), nprocs=2, start_method="spawn")
+        return Sides(**json.loads((Path(own) / "sides.json").read_text()))
 
 
 def _compare_in_rank(rank: int, config: Config, options: argparse.Namespace, folder: Path) -> None:
@@ -312,4 +321,4 @@ def _timed(step: Callable[[], None], times: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
