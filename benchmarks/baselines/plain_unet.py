@@ -21,6 +21,7 @@ from digseg.config import Config
 from digseg.console import progress
 from digseg.data.loader import Batch, training_batches
 from digseg.data.training_data import TrainingData
+from digseg.errors import DigSegError
 from digseg.evaluation.inference import Predictor
 from digseg.model.attention import use_attention
 from digseg.model.autoencoder import build_autoencoder
@@ -73,7 +74,10 @@ class _ToldCorpus:
         self._rows, self._corpus = rows, corpus
 
     def encode(self, names: Sequence[str]) -> Tensor:
-        return torch.eye(self.dim)[[self._rows.row(self._corpus, name) for name in names]]
+        rows = [self._rows.row(self._corpus, name) for name in names]
+        if -1 in rows:
+            raise DigSegError(f"the baseline knows no class {names[rows.index(-1)]!r} of {self._corpus}")
+        return torch.eye(self.dim)[rows]
 
 
 class _CorpusToken(nn.Module):
