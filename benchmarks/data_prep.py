@@ -35,6 +35,7 @@ from scipy.ndimage import gaussian_filter
 from shared import ROOT, add_json, report
 
 from digseg.console import progress, say
+from digseg.errors import run_main
 
 HEIGHT, WIDTH = 360, 480
 CLASSES = 11
@@ -147,4 +148,4 @@ def _figures(images: int, rounds: Sequence[dict[str, float]], memory: dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -64,6 +64,7 @@ from digseg.data.training_data import TrainingData
 from digseg.data.transform_settings import TransformSettings
 from digseg.data.transforms import training_crop
 from digseg.data.writer import EncodedSample, ShardWriter, encode_mask
+from digseg.errors import run_main
 
 CORPUS, SPLIT = "drawn", "train"
 HEIGHT, WIDTH, CLASSES, CROP, BATCH = 360, 480, 12, 256, 16
@@ -342,4 +343,4 @@ def _write_manifest(storage: Storage, shards: Sequence[ShardEntry], counts: Stat
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

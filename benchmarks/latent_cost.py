@@ -25,6 +25,7 @@ from training_step import NAMES, random_batch
 from digseg.config import Config
 from digseg.console import say
 from digseg.data.loader import Batch
+from digseg.errors import run_main
 from digseg.model.training_module import SegmenterLoss
 from digseg.training.trained_model import TrainedModel
 
@@ -105,4 +106,4 @@ def _step(loss: SegmenterLoss, batch: Batch, device: torch.device) -> Callable[[
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

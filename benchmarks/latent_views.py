@@ -21,6 +21,7 @@ from digseg.cluster.runtime import ray_session
 from digseg.config import Config
 from digseg.console import say
 from digseg.data.format import load_manifest
+from digseg.errors import run_main
 from digseg.training.trainer import Trainer
 from digseg.training.world import World
 from launch.preparation import ensure_shards
@@ -102,4 +103,4 @@ def _trained(base: Config, folder: Path, views: int, seed: int) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

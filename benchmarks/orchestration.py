@@ -30,6 +30,7 @@ from shared import ROOT, add_json, configured, report, small_run
 
 from digseg.config import Config, dump_config
 from digseg.console import say
+from digseg.errors import run_main
 from digseg.training.checkpoint import published_steps
 from digseg.training.logging import read_metrics
 from digseg.training.run import RunDirectory
@@ -204,4 +205,4 @@ def _config(folder: Path, name: str) -> Config:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

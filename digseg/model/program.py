@@ -160,7 +160,7 @@ def _facts(
         "output": {
             "shape": [batch, slots, height, width],
             "dtype": "float32",
-            "content": "probabilities, to be resized to the image's size before the arg max over the slots",
+            "content": "probabilities at temperature 1; resize them to the image before the arg max over the slots",
         },
         "size_multiple": model.segmenter.size_multiple,
         "short_side": model.card.short_side,

@@ -29,37 +29,38 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
+def _said(program: str, unneeded: set[str], repository: Path, *arguments: object) -> str:
+    """What a program with the ``main`` of launch/train.py prints; it must import none of the ``unneeded`` modules."""
+    checked = (
+        f"import sys; from launch.train import main; {program}; "
+        f"found = {unneeded} & set(sys.modules); assert not found, f'{{found}} imported in vain'"
+    )
+    command = [sys.executable, "-c", checked, *map(str, arguments)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SQLAlchemy, by MLflow's store
 def test_local_run_trains_without_ray_and_says_where_everything_is(
     config_file: Path, tmp_path: Path, repository: Path
 ) -> None:
     write_squares(tmp_path / "shards", "train", 8)
-    program = (
-        "import sys; from launch.train import main; main(sys.argv[1:]); "
-        "assert 'ray' not in sys.modules, 'a local run imported Ray'"
-    )
-    command = [sys.executable, "-c", program, "--config", str(config_file), "run.name=alone"]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = _said("main(sys.argv[1:])", {"ray"}, repository, "--config", config_file, "run.name=alone")
     (run,) = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").search_runs(["1"])
     assert run.info.run_name == "alone"
     assert run.data.params["attention_kernel"] == "math"
     for expected in ("attention: math (auto: ", str(tmp_path / "runs/alone"), run.info.run_id, "at step 3", "images/s"):
-        assert expected in done.stdout
+        assert expected in said
 
 
 def test_a_plan_starts_nothing_and_is_there_for_programs_too(
     config_file: Path, tmp_path: Path, repository: Path
 ) -> None:
     manifest = write_squares(tmp_path / "shards", "train", 8)
-    program = (
-        "import sys; from launch.train import main; main(sys.argv[1:]); main([*sys.argv[1:], '--json']); "
-        "assert not {'ray', 'deepspeed', 'mlflow'} & set(sys.modules), 'a plan imported what it does not need'"
-    )
-    command = [sys.executable, "-c", program, "--config", str(config_file), "--plan"]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    table, _, plan = done.stdout.partition("\n{\n")
+    both = "main(sys.argv[1:]); main([*sys.argv[1:], '--json'])"
+    said = _said(both, {"ray", "deepspeed", "mlflow"}, repository, "--config", config_file, "--plan")
+    table, _, plan = said.partition("\n{\n")
     planned = json.loads("{\n" + plan)
     assert set(planned["memory"]) == {"zero0", "zero1", "zero2", "zero3"}
     assert planned["step_flops"] == 8 * planned["training_flops"] > 8 * planned["forward_flops"] > 0
