@@ -6,8 +6,10 @@
    U-Net and autoencoder are stand-ins, whose operations stand in the ratio of Stable Diffusion 2's.
 2. The *bare loop* is PyTorch's DistributedDataParallel around DigSeg's own module, with the same precision, batch and
    optimizer, gradients clipped, and nothing else; 2 processes. DigSeg adds DeepSpeed, the average of the weights, the
-   guard and logging. (Ray starts the processes and has no part in a step.) It is compared twice: with the ZeRO
-   stage of ``--zero-stage``, and with stage 0, which shards nothing, as DDP.
+   guard and logging. (Ray starts the processes and has no part in a step.) What DeepSpeed adds is paid once a step for
+   each weight, so it weighs by how much a step computes with a weight. Two sizes of step are compared: the *recipe's*,
+   which computes about as much with each weight as a GPU does in a step of configs/sd2.yaml (8 images of 512 px: 22
+   thousand operations), and the *small* one of the first comparison, which computes a third of that.
 
 Both sides take turns, so that a machine that slows down slows both. Figures are medians of all timed steps; a spread
 is that of the rounds.
@@ -82,8 +84,10 @@ class Sides:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8, help="samples a step in each process")
-    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
+    parser.add_argument("--batch", type=int, default=8, help="samples a small step in each process")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the images of a small step")
+    parser.add_argument("--recipe-batch", type=int, default=4, help="samples a step of the recipe in each process")
+    parser.add_argument("--recipe-pixels", type=int, default=512, help="side of the images of a step of the recipe")
     parser.add_argument("--width", type=int, default=64, help="channels of the U-Net's first level (SD2: 320)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="timed steps a round, for each side")
@@ -94,11 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = _measured(options, Path(folder))
     compared = {
         "reference loop, 1 process": result["reference_loop"],
-        f"bare loop, 2 processes, ZeRO {options.zero_stage}": result["bare_loop"],
-        "bare loop, 2 processes, ZeRO 0": result["bare_loop_unsharded"],
+        f"bare loop, 2 processes, ZeRO {options.zero_stage}, recipe's step": result["bare_loop"],
+        f"bare loop, 2 processes, ZeRO {options.zero_stage}, small step": result["bare_loop_small_step"],
     }
-    say(f"{result['device']}, torch {torch.__version__}, {result['precision']}, {options.batch} images a process")
-    say(f"GFLOP an image: {result['step_gflops']:.1f} of a step, {result['encoding_gflops']:.1f} of encoding it")
+    say(f"{result['device']}, torch {torch.__version__}, {result['precision']}")
+    say(
+        f"small step: {options.batch} images of {options.pixels} px, each {result['step_gflops']:.1f} GFLOP, and "
+        f"{result['encoding_gflops']:.1f} to encode it; {result['flops_per_weight'] / 1e3:.1f} kFLOP a weight"
+    )
+    say(
+        f"recipe's step: {options.recipe_batch} images of {options.recipe_pixels} px, "
+        f"{result['recipe_flops_per_weight'] / 1e3:.1f} kFLOP a weight"
+    )
     for name, sides in compared.items():
         say(
             f"{name}: {sides['other_s']:.2f} s a step, DigSeg {sides['digseg_s']:.2f} s: "
@@ -108,37 +119,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    config = _config(options, folder)
-    step = image_flops(config, 384, len(NAMES)).training
+    small = _config(options, options.batch, options.pixels, folder)
+    recipe = _config(options, options.recipe_batch, options.recipe_pixels, folder)
+    step = _step_flops(small)
     vae, encoding = _autoencoder(step * SD2_ENCODING / SD2_STEP, options.pixels)
-    against_reference = _against_reference(config, vae, options)
-    against_bare = _against_bare(config, options, folder)
-    unsharded = config.model_copy(update={"training": config.training.model_copy(update={"zero_stage": 0})})
-    against_bare_unsharded = _against_bare(unsharded, options, folder) if options.zero_stage else against_bare
+    against_reference = _against_reference(small, vae, options)
+    against_bare, against_bare_small = (_against_bare(config, options, folder) for config in (recipe, small))
+    num_weights = sum(parameter.numel() for parameter in _module(small).parameters() if parameter.requires_grad)
     return {
         "ratio_vs_reference_loop": round(against_reference.summary()["ratio"], 3),
         "ratio_vs_bare_loop": round(against_bare.summary()["ratio"], 3),
-        "ratio_vs_bare_loop_unsharded": round(against_bare_unsharded.summary()["ratio"], 3),
+        "ratio_vs_bare_loop_small_step": round(against_bare_small.summary()["ratio"], 3),
         "reference_loop": against_reference.summary(),
         "bare_loop": against_bare.summary(),
-        "bare_loop_unsharded": against_bare_unsharded.summary(),
+        "bare_loop_small_step": against_bare_small.summary(),
         "step_gflops": step / 1e9,
         "encoding_gflops": encoding / 1e9,
-        "precision": resolve_precision(config.training.precision, torch.device("cpu")),
+        "flops_per_weight": step * options.batch / num_weights,
+        "recipe_flops_per_weight": _step_flops(recipe) * options.recipe_batch / num_weights,
+        "precision": resolve_precision(small.training.precision, torch.device("cpu")),
         "zero_stage": options.zero_stage,
         "batch": options.batch,
+        "pixels": options.pixels,
+        "recipe_batch": options.recipe_batch,
+        "recipe_pixels": options.recipe_pixels,
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
     }
 
 
-def _config(options: argparse.Namespace, folder: Path) -> Config:
+def _step_flops(config: Config) -> float:
+    """Operations of one image in a training step."""
+    return image_flops(config, 384, len(NAMES)).training
+
+
+def _config(options: argparse.Namespace, batch: int, pixels: int, folder: Path) -> Config:
     """A U-Net with the levels and layers of Stable Diffusion's, narrower, on latents of factor 8."""
     width = options.width
     settings = {
         "run.storage": folder,
-        "training.global_batch_size": options.batch,
+        "training.global_batch_size": batch,
         "training.zero_stage": options.zero_stage,
-        "data.crop_size": options.pixels,
+        "data.crop_size": pixels,
         "model.autoencoder.factor": 8,
         "model.unet.block_out_channels": f"[{width},{2 * width},{4 * width},{4 * width}]",
         "model.unet.attention": "[true,true,true,false]",
@@ -181,7 +202,7 @@ def _vae(width: int) -> Any:
 def _against_reference(config: Config, vae: Any, options: argparse.Namespace) -> Sides:
     torch.manual_seed(config.run.seed)
     world = World()
-    batch = random_batch(options.batch, config)
+    batch = random_batch(config.training.global_batch_size, config)
     reference, digseg = _reference_step(config, vae, batch), _digseg_step(config, batch, world)
     return _taking_turns(reference, digseg, options)
 
@@ -255,7 +276,7 @@ def _compare_in_rank(rank: int, config: Config, options: argparse.Namespace, fol
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     world = World(rank=rank, world_size=2, local_rank=rank, local_world_size=2)
     torch.manual_seed(rank)
-    batch = random_batch(options.batch, config)
+    batch = random_batch(config.training.global_batch_size, config)
     sides = _taking_turns(_bare_step(config, batch), _digseg_step(config, batch, world), options)
     if world.is_main:
         (folder / "sides.json").write_text(json.dumps({"other": sides.other, "digseg": sides.digseg}))
