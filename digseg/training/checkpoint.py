@@ -85,6 +85,7 @@ class CheckpointStore:
         try:
             self._write(partial, write, {**state, "step": step, "world_size": self._world.world_size})
             sums = self._sums(partial)
+            self._reached("files synced")
             if self._world.is_main:
                 self._publish(partial, final, {"step": step, "files": sums})
         except (OSError, RuntimeError) as error:
@@ -112,7 +113,6 @@ class CheckpointStore:
         self._world.barrier()
 
     def _publish(self, partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-        self._reached("files synced")
         _write_json(partial / MANIFEST, manifest)
         self._reached("manifest written")
         _sync(partial)

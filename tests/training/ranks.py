@@ -17,12 +17,20 @@ from digseg.training.world import World
 
 def run_ranks(function: Callable[..., None], world_size: int, folder: Path, *arguments: Any) -> None:
     """Run ``function(world, *arguments)`` in ``world_size`` processes; raises if one of them does."""
+    ranks = start_ranks(function, world_size, folder, *arguments)
+    while not ranks.join():
+        pass
+
+
+def start_ranks(function: Callable[..., None], world_size: int, folder: Path, *arguments: Any) -> mp.ProcessContext:
+    """Start what :func:`run_ranks` runs."""
     # The server imports what is slow once, and every rank is forked from it.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["digseg.training.trainer"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["digseg.training.trainer", "pytest"])
     store = folder / f"store-{uuid.uuid4().hex}"
-    mp.start_processes(
-        _rank, (world_size, str(store), function, arguments), nprocs=world_size, start_method="forkserver"
-    )
+    arguments = (world_size, str(store), function, arguments)
+    ranks = mp.start_processes(_rank, arguments, nprocs=world_size, join=False, start_method="forkserver")
+    assert ranks is not None
+    return ranks
 
 
 def _rank(rank: int, world_size: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
