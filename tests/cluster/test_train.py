@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ pytestmark = [
 ]
 
 STEPS = 60
+HANG_TIMEOUT_S = 5  # a save takes 0.1 s; a start on busy cores keeps a process from answering for 2 s
 _TIMES = ("images_per_second", "step_time_", "data_wait_share", "tflops", "mfu", "memory_gb", "goodput", "ledger.")
 
 
@@ -48,8 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ray_running() -> Iterator[None]:
-    with ray_session(ClusterConfig(workers=2)):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # workers are not last where other processes are busy
+        with ray_session(ClusterConfig(workers=2)):
+            yield
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,13 @@ def test_worker_told_that_its_machine_goes_away_has_all_save_and_nothing_is_lost
     assert _curve(folder, "noticed") == undisturbed
     ledger = json.loads((folder / "runs/noticed/ledger.json").read_bytes())
     assert ledger["seconds"]["lost"] == 0
+
+
+def test_worker_that_hangs_is_ended_and_the_run_ends_as_the_undisturbed_one(
+    undisturbed: list[dict[str, Any]], folder: Path
+) -> None:
+    _disturbed(folder, "hung", signal.SIGSTOP, hang_timeout_s=HANG_TIMEOUT_S)
+    assert _curve(folder, "hung") == undisturbed
 
 
 def test_users_mistake_found_in_a_worker_is_raised_here_and_not_tried_again(
@@ -142,15 +152,16 @@ def test_submitted_job_trains_the_demo_and_is_found_in_mlflow(tmp_path: Path, re
     assert run.info.run_id in submitted.stdout
 
 
-def _disturbed(folder: Path, name: str, sent: signal.Signals) -> Config:
-    """Train, and send one worker a signal as soon as the first checkpoint is there."""
-    config = _config(folder, name)
-    sender = _Sender(folder / "runs" / name / "checkpoints", sent)
-    sender.start()
-    result = run_training(config)
-    sender.join()
-    assert sender.steps_before is not None
-    assert sender.steps_before[-1] < STEPS
+def _disturbed(folder: Path, name: str, sent: signal.Signals, **cluster: Any) -> Config:
+    """Train, and send one worker a signal as soon as the first checkpoint is there; it is gone at the end."""
+    config = _config(folder, name, **cluster)
+    with _sending(folder / "runs" / name / "checkpoints", sent) as sender:
+        result = run_training(config)
+        sender.join()
+        assert sender.steps_before is not None
+        assert sender.steps_before[-1] < STEPS
+        assert sender.worker is not None
+        assert not sender.worker.is_running()
     assert (result.steps, result.world_size) == (STEPS, 2)
     return config
 
@@ -161,14 +172,29 @@ class _Sender(threading.Thread):
     def __init__(self, checkpoints: Path, sent: signal.Signals) -> None:
         super().__init__(daemon=True)
         self._checkpoints, self._sent = checkpoints, sent
+        self.worker: psutil.Process | None = None
         self.steps_before: list[int] | None = None
 
     def run(self) -> None:
         while not published_steps(self._checkpoints):
             time.sleep(0.01)
         workers = [process for process in psutil.Process().children(recursive=True) if _trains(process)]
-        os.kill(max(workers, key=lambda process: process.pid).pid, self._sent)
+        self.worker = max(workers, key=lambda process: process.pid)
+        self.worker.send_signal(self._sent)
         self.steps_before = published_steps(self._checkpoints)
+
+
+@contextmanager
+def _sending(checkpoints: Path, sent: signal.Signals) -> Iterator[_Sender]:
+    """Have a worker sent a signal; it does not outlive the block."""
+    sender = _Sender(checkpoints, sent)
+    sender.start()
+    try:
+        yield sender
+    finally:
+        if sender.worker is not None:
+            with suppress(psutil.NoSuchProcess):
+                sender.worker.kill()
 
 
 def _trains(process: psutil.Process) -> bool:
@@ -178,11 +204,11 @@ def _trains(process: psutil.Process) -> bool:
     return False
 
 
-def _config(folder: Path, name: str, workers: int | list[int] = 2) -> Config:
+def _config(folder: Path, name: str, **cluster: Any) -> Config:
     return small_config(
         folder,
         run={"name": name},
-        cluster={"workers": workers},
+        cluster={"workers": 2, **cluster},
         training={
             "steps": STEPS,
             "warmup_steps": 3,
