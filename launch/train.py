@@ -80,7 +80,7 @@ def train(config: Config) -> None:
         from digseg.registry.tracking import MlflowRun
 
         run, directory = MlflowRun(config), RunDirectory(config)
-        if run.settle(read_metrics(directory.metrics), directory.validation, directory.best_tags()):
+        if run.settle(read_metrics(directory.metrics), directory.validation, directory.tags()):
             say(f"MLflow run:     {run.run_id} in {run.tracking_uri}")
         else:
             say(f"MLflow run:     {run.tracking_uri} is away; the same command again delivers what it lacks")

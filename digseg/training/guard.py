@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,30 +103,66 @@ class Guard:
 
 
 class SkippedSteps:
-    """The steps of a run that are passed over because of their samples: ``skipped.json`` in its directory.
+    """The steps of a run whose samples its weights have not seen: ``skipped.json`` in its directory.
 
-    Every attempt at the run reads them, so that it passes over the same steps wherever it starts.
+    A bad step is left out when it is taken. One that the run went back for is passed over from then on: every attempt
+    at the run reads the file, so that it passes over the same steps wherever it starts.
+
+    Args:
+        writes: whether this process writes the file; one of them does.
 
     Raises:
         DigSegError: the file is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, writes: bool = False) -> None:
+        self._path, self._writes = path, writes
         try:
-            self.entries: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
-            self._steps = {entry["step"] for entry in self.entries}
+            entries = json.loads(path.read_bytes()) if path.exists() else []
+            self._keys = {entry["step"]: list(entry["keys"]) for entry in entries}
+            # An earlier version noted no others than those.
+            self._passed_over = {entry["step"] for entry in entries if entry.get("passed_over", True)}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DigSegError(
                 f"{path} is unreadable ({error}); mend it, or delete it to take the steps again that it names"
             ) from error
 
     def __contains__(self, step: int) -> bool:
-        return step in self._steps
+        """Whether the step is to be passed over."""
+        return step in self._passed_over
 
-    def add(self, steps: Sequence[BadStep], write: bool) -> None:
-        """Pass over these steps from now on; one rank writes them down."""
-        self.entries += [{"step": bad.step, "keys": list(bad.keys)} for bad in steps]
-        self._steps |= {bad.step for bad in steps}
-        if write:
-            write_whole(self._path, json.dumps(self.entries, indent=1) + "\n", durable=True)
+    def count(self, steps: int) -> int:
+        """How many of a run's first ``steps`` steps were left out or passed over."""
+        return sum(step < steps for step in self._keys)
+
+    def tag(self) -> str:
+        """All of them for a run's tags, counted from 1 as in its metrics: ``5, 7``."""
+        return textwrap.shorten(", ".join(str(step + 1) for step in sorted(self._keys)), 4000) or "none"
+
+    def leave_out(self, steps: Sequence[BadStep]) -> None:
+        """Note steps that were left out; one that is noted already, of which a run that goes on learns again, stays."""
+        if any(bad.step not in self._keys for bad in steps):
+            self._note(steps)
+
+    def pass_over(self, steps: Sequence[BadStep]) -> None:
+        """Pass over these steps from now on."""
+        self._passed_over |= {bad.step for bad in steps}
+        self._note(steps)
+
+    def cut_after(self, steps: int) -> None:
+        """Forget what was left out after the first ``steps`` steps: the run goes on from there and finds it again."""
+        kept = {step: keys for step, keys in self._keys.items() if step < steps or step in self}
+        if kept != self._keys:
+            self._keys = kept
+            self._write()
+
+    def _note(self, steps: Sequence[BadStep]) -> None:
+        self._keys |= {bad.step: list(bad.keys) for bad in steps}
+        self._write()
+
+    def _write(self) -> None:
+        if self._writes:
+            entries = [
+                {"step": step, "keys": self._keys[step], "passed_over": step in self} for step in sorted(self._keys)
+            ]
+            write_whole(self._path, json.dumps(entries, indent=1) + "\n", durable=True)

@@ -5,7 +5,7 @@
     <run.storage>/<run.name>/config.yaml      the resolved configuration
                              checkpoints/     see digseg.training.checkpoint
                              metrics.jsonl    the loss curve
-                             skipped.json     steps that are passed over because of their samples, if any
+                             skipped.json     steps that were left out or are passed over, with their samples, if any
                              ledger.json      where the time went
                              profile/         traces of the steps of training.profile, if any
                              validation/      pictures of what was predicted while training, if it was validated
@@ -38,6 +38,7 @@ from digseg.errors import DigSegError
 from digseg.training.checkpoint import SCORE, best_checkpoint, published_state
 from digseg.training.deepspeed_config import deepspeed_config
 from digseg.training.files import write_whole
+from digseg.training.guard import SkippedSteps
 from digseg.training.logging import read_metrics
 
 # Settings that say what the run is: the samples it sees, and the weights it has.
@@ -82,8 +83,12 @@ class RunDirectory:
         """When the run was last submitted, by the lock's file (Unix time, s); now where nobody holds runs."""
         return self.lock.stat().st_mtime if self.lock.exists() else time.time()
 
-    def best_tags(self) -> dict[str, str]:
-        """Which checkpoint is the best, as tags of the run; none where none was validated."""
+    def tags(self) -> dict[str, str]:
+        """Which checkpoint is the best and which steps were skipped, as tags of the run; none where none was."""
+        skipped = {"skipped_steps": SkippedSteps(self.skipped).tag()} if self.skipped.exists() else {}
+        return self._best_tags() | skipped
+
+    def _best_tags(self) -> dict[str, str]:
         best = best_checkpoint(self.checkpoints)
         if not best:
             return {}

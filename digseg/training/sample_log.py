@@ -5,8 +5,8 @@
     <run directory>/samples/rank-00000.jsonl    {"attempt": ..., "step": 7, "keys": ["camvid/train/0001", ...]}
 
 Steps that were lost and taken again stand there more than once, with the attempts that took them; the last attempt's
-are those that the weights have seen. Steps that are passed over (``skipped.json`` in the run's directory) stand there
-only with attempts from before the run went back: the weights have not seen their samples.
+are those that the weights have seen. Of the steps in ``skipped.json`` in the run's directory they have seen none; those
+that are passed over stand here only with attempts from before the run went back.
 """
 
 from __future__ import annotations

@@ -180,10 +180,10 @@ class Trainer:
         self._saver = BackgroundSaver(self._store)
         world.limit_waits(config.cluster.hang_timeout_s)
         self._restored: Checkpoint | None = None
-        self._best_tags: dict[str, str] = {}
+        self._tags: dict[str, str] = {}
         self._validated: dict[int, dict[str, float]] = {}  # figures of the last validation, by its step
         self._samples = self._new_sample_log()
-        self._skipped = SkippedSteps(self.directory.skipped)
+        self._skipped = SkippedSteps(self.directory.skipped, writes=world.is_main)
         self._rollbacks = 0
 
     def _new_sample_log(self) -> SampleLog | None:
@@ -209,8 +209,8 @@ class Trainer:
             check_same_base(checkpoint.state, self._frozen_sha256, self.config)
             step = self._restore(checkpoint)
             self._say(f"run {self.config.run.name!r} goes on after step {step}")
-        elif self.world.is_main:
-            self._metrics_file.cut_after(0)
+        else:
+            self._forget_after(0)
         self._furthest = step
         self._ledger.lose(checkpoint.state.get("ledger", {}) if checkpoint is not None else {})
         return step
@@ -220,9 +220,14 @@ class Trainer:
         self._state.restore(checkpoint, self._store)
         known = checkpoint.state.get("unreadable", [])
         self._unreadable = UnreadableSamples(self.world, self.config.data.max_corrupt, known)
-        if self.world.is_main:
-            self._metrics_file.cut_after(checkpoint.step)
+        self._forget_after(checkpoint.step)
         return checkpoint.step
+
+    def _forget_after(self, step: int) -> None:
+        """Drop what the run noted of later steps, which it will take again."""
+        self._skipped.cut_after(step)
+        if self.world.is_main:
+            self._metrics_file.cut_after(step)
 
     def _go_back(self, bad: Sequence[BadStep]) -> int:
         """Restore the newest checkpoint from before bad steps, which are passed over from now on; its step."""
@@ -246,7 +251,7 @@ class Trainer:
         self._rollbacks += 1
         self._ledger.lap("productive")
         self._ledger.lose(checkpoint.state.get("ledger", {}))
-        self._skipped.add(bad, write=self.world.is_main)
+        self._skipped.pass_over(bad)
         step = self._restore(checkpoint)
         self._samples = self._new_sample_log()  # the steps that are taken again are another attempt
         self._store.remove_after(step)
@@ -285,14 +290,15 @@ class Trainer:
             TooManyBadStepsError: see :meth:`digseg.training.guard.Guard.close`.
         """
         self._saver.check()
-        self._tell_best()
         self._tell(self._state.guard.close())
+        self._tell_tags()
         if self._state.window.is_empty:  # all its steps are passed over
             return
         figures = self._state.window.close(self.world, self.config.training.global_batch_size)
         figures["learning_rate"] = learning_rate(step - 1, self.config.training)
         figures["gradient_norm"] = self.engine.gradient_norm()
         figures["unreadable_samples"] = self._unreadable.share()
+        figures["skipped_steps"] = self._skipped.count(step)
         if self._throughput is not None:
             figures |= self._throughput.figures(figures["images_per_second"])
         self._enter("productive")
@@ -324,14 +330,15 @@ class Trainer:
         self._validated = {step: found.figures}
         return found.figures
 
-    def _tell_best(self) -> None:
-        """Tag the run with its best checkpoint, if that is another than before."""
-        tags = self.directory.best_tags() if self.world.is_main else {}
-        if tags != self._best_tags:
-            self._best_tags = tags
+    def _tell_tags(self) -> None:
+        """Tag the run with its best checkpoint and the steps it skipped, if they are others than before."""
+        tags = self.directory.tags() if self.world.is_main else {}
+        if tags != self._tags:
+            self._tags = tags
             self.logger.tags(tags)
 
     def _tell(self, bad: Sequence[BadStep]) -> None:
+        self._skipped.leave_out(bad)
         for one in bad:
             self._say(
                 f"step {one.step + 1} was left out, its loss or gradient being not finite or a spike; its samples: "
@@ -342,7 +349,7 @@ class Trainer:
         """Export the weights of the last checkpoint, or the best, and write the result."""
         checkpoint = self._saver.wait() or self._restored
         assert checkpoint is not None
-        self._tell_best()
+        self._tell_tags()
         best = self._store.best_intact() if self.config.training.export == "best" else None
         exported = best or checkpoint
         self._enter("checkpoint")
@@ -409,7 +416,7 @@ class Trainer:
                 self.logger.metrics(figures.pop("step"), figures)
             if self.world.is_main and self.directory.validation.is_dir():
                 self.logger.pictures(self.directory.validation)
-            self._tell_best()
+            self._tell_tags()
             yield
         except RunStoppedError as stopped:
             self._say(str(stopped))

@@ -225,15 +225,36 @@ def test_logger_of_a_run_that_goes_on_gets_the_earlier_figures_first(folder: Pat
 def test_step_with_a_poisoned_sample_is_left_out_and_its_samples_are_named(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key = train_poisoned(run_config(folder, "poisoned"), {4})
+    recorder = Recorder()
+    key = train_poisoned(run_config(folder, "poisoned"), {4}, recorder)
     said = " ".join(capsys.readouterr().out.split())
     assert "step 5 was left out" in said
     assert key in said
     curve = {line["step"]: line for line in read_metrics(folder / "runs/poisoned/metrics.jsonl")}
     assert [line["steps_left_out"] for line in curve.values()] == [0, 0, 1, 0]
+    assert [line["skipped_steps"] for line in curve.values()] == [0, 0, 1, 1]
+    (skipped,) = _skipped(folder, "poisoned")
+    assert (skipped["step"], skipped["passed_over"], len(skipped["keys"])) == (4, False, 8)
+    assert key in skipped["keys"]
+    assert ("tags", {"skipped_steps": "5"}) in recorder.calls
     assert all(math.isfinite(line["loss"]) for line in curve.values())
     # The mean is that of the three other steps of the window, whose weights the poisoned one did not touch.
     assert curve[4]["loss"] == loss_curve(folder, "whole")[1]["loss"]
+
+
+def test_steps_that_were_left_out_are_noted_once_by_a_run_that_goes_on(folder: Path) -> None:
+    train_poisoned(run_config(folder, "noted"), {4, 6})
+    for name in ("noted-again", "noted-before"):
+        # Lost after step 8, which notes both, it goes on after step 6, whose checkpoint has step 5's verdict unread.
+        train_until_killed(run_config(folder, name), 8, poisoned={4, 6})
+        assert _skipped(folder, name) == _skipped(folder, "noted")
+    train_poisoned(run_config(folder, "noted-again"), {4, 6})
+    assert _skipped(folder, "noted-again") == _skipped(folder, "noted")
+    assert loss_curve(folder, "noted-again") == loss_curve(folder, "noted")
+    # Taken again, step 7 is well.
+    Trainer(run_config(folder, "noted-before"), World()).train()
+    assert _skipped(folder, "noted-before") == _skipped(folder, "noted")[:1]
+    assert [line["skipped_steps"] for line in loss_curve(folder, "noted-before")] == [0, 0, 1, 1]
 
 
 def test_run_goes_back_to_before_several_bad_steps_and_passes_over_them(
@@ -242,11 +263,12 @@ def test_run_goes_back_to_before_several_bad_steps_and_passes_over_them(
     config = run_config(folder, "went-back", log_samples=True)
     key = train_poisoned(config, {4, 5, 6})
     assert "going back to step 3; steps 5 to 7 will be passed over" in " ".join(capsys.readouterr().out.split())
-    skipped = json.loads((folder / "runs/went-back/skipped.json").read_text())
-    assert [entry["step"] for entry in skipped] == [4, 5, 6]
+    skipped = _skipped(folder, "went-back")
+    assert [(entry["step"], entry["passed_over"]) for entry in skipped] == [(4, True), (5, True), (6, True)]
     assert key in skipped[0]["keys"]
     lines = read_metrics(folder / "runs/went-back/metrics.jsonl")
     assert [(line["step"], line["steps_left_out"]) for line in lines] == [(1, 0), (4, 0), (8, 0), (9, 0)]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 3, 3]
     assert finished_result(config) is not None
     # Steps 4 to 8 were taken twice but for those that were passed over; an audit finds each once.
     samples = folder / "runs/went-back/samples"
@@ -440,3 +462,8 @@ def test_run_without_averaging_exports_its_weights(folder: Path) -> None:
     exported = load_file(Path(result.model_dir) / "unet/diffusion_pytorch_model.safetensors")
     for name, weight in exported.items():
         assert torch.equal(weight, state["module"][f"segmenter.unet.{name}"])
+
+
+def _skipped(folder: Path, name: str) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = json.loads((folder / "runs" / name / "skipped.json").read_bytes())
+    return entries
