@@ -37,6 +37,7 @@ with warnings.catch_warnings():
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+_LINEAR = nn.functional.linear  # PyTorch's; ZeRO-3 puts one in its place that rounds otherwise, in the whole process
 _TAG = "deepspeed"  # sub-directory of a checkpoint that holds DeepSpeed's own files
 
 
@@ -180,8 +181,9 @@ class Engine:
             self._loss_scale.load_state_dict(state["loss_scale"])
 
     def close(self) -> None:
-        """Let go of hooks and buffers."""
+        """Let go of hooks and buffers, and leave PyTorch as it was."""
         self._deepspeed.destroy()
+        nn.functional.linear = _LINEAR
 
     def _state_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Adam's state of a flat parameter, made where no step was taken yet."""

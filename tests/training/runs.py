@@ -61,6 +61,7 @@ def train_until_killed(config: Config, step: int, poisoned: Collection[int] = ()
     trainer.train_step = step_or_die  # type: ignore[method-assign]
     with pytest.raises(Killed):
         trainer.train()
+    trainer.engine.close()  # as what DeepSpeed changes in a process ends with it
 
 
 def train_poisoned(

@@ -121,6 +121,14 @@ def test_step_whose_gradient_is_not_finite_changes_nothing(tmp_path: Path, stage
     engine.close()
 
 
+def test_stage_3_rounds_as_it_does_only_while_it_trains(tmp_path: Path) -> None:
+    linear = torch.nn.functional.linear
+    engine = Engine(StandIn(), Case(3, BATCH).config(tmp_path), World())
+    assert torch.nn.functional.linear is not linear
+    engine.close()
+    assert torch.nn.functional.linear is linear
+
+
 def test_loss_scale_halves_after_an_overflow_and_is_saved(tmp_path: Path) -> None:
     config = Case(1, BATCH, precision="fp16").config(tmp_path)
     engine = Engine(StandIn("fp16"), config, World())
