@@ -10,7 +10,7 @@ from typing import Any
 
 from digseg.training.files import write_whole
 
-_CATEGORIES = ("productive", "start_up", "data_wait", "validation", "checkpoint", "lost")
+_CATEGORIES = ("productive", "start_up", "data_wait", "validation", "checkpoint", "export", "lost")
 _REPEATED = ("productive", "data_wait", "validation")  # what is done again after a return to a checkpoint
 
 
@@ -19,7 +19,8 @@ class Ledger:
 
     Every second belongs to one category: the time since the last lap is what a lap counts. ``start_up`` runs
     from the submission, or after a loss from the last entry, to the first step; the steps that a loss takes
-    with it are ``lost`` as far as they were entered, the rest of that time counts as start-up.
+    with it are ``lost`` as far as they were entered, the rest of that time counts as start-up. ``export`` ends with
+    the exported model.
 
     Args:
         submitted_at: when this attempt was asked for (Unix time, s).

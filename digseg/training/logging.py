@@ -76,6 +76,11 @@ class MetricsFile:
         kept = [line for line in read_metrics(self._path) if line["step"] <= step]
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
+    def complete(self, values: Mapping[str, float]) -> None:
+        """Add to the last line what the run knows only at its end, in place of what it said of that before."""
+        *lines, last = read_metrics(self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in [*lines, {**last, **values}]))
+
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Add the line of one logging window."""
         with writing(self._path), self._path.open("a") as file:

@@ -304,7 +304,8 @@ class Trainer:
         self._enter("productive")
         if self._validates(step):
             figures |= self._validate(step)
-        figures |= self._ledger.figures()
+        if not self._is_last(step):  # the last step's are those of the end of the run
+            figures |= self._ledger.figures()
         if self.world.is_main:
             self._metrics_file.append(step, figures)
             self.logger.metrics(step, figures)
@@ -355,6 +356,9 @@ class Trainer:
         self._enter("checkpoint")
         if self.world.is_main:
             self._export(exported)
+            self._enter("export")
+            self._metrics_file.complete(self._ledger.figures())
+            self.logger.metrics(checkpoint.step, self._ledger.figures())
             first, last, rate = summarise(self.directory.metrics)
             result = TrainingResult(
                 steps=checkpoint.step,

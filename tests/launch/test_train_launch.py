@@ -52,6 +52,11 @@ def test_local_run_trains_without_ray_and_says_where_everything_is(
     assert run.data.params["attention_kernel"] == "math"
     for expected in ("attention: math (auto: ", str(tmp_path / "runs/alone"), run.info.run_id, "at step 3", "images/s"):
         assert expected in said
+    seconds = json.loads((tmp_path / "runs/alone/ledger.json").read_bytes())["seconds"]
+    assert {name: run.data.metrics[f"ledger.{name}_s"] for name in seconds} == pytest.approx(seconds)
+    goodput = seconds["productive"] / sum(seconds.values())
+    assert run.data.metrics["goodput"] == pytest.approx(goodput)
+    assert f"productive {100 * goodput:.0f} % of {sum(seconds.values()):.0f} s" in said
 
 
 def test_a_plan_starts_nothing_and_is_there_for_programs_too(

@@ -1,12 +1,22 @@
-"""The ledger over losses and restarts, by a clock of the test's own."""
+"""The ledger over losses and restarts, by a clock of the test's own, and of runs of the trainer."""
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import pytest
+from runs import run_config, train_until_killed
+from small_world import write_squares
 
 from digseg.training.ledger import Ledger, ledger_summary
+from digseg.training.logging import read_metrics
+from digseg.training.run import exclusive
+from digseg.training.trainer import Trainer
+from digseg.training.world import World
+
+UNCOUNTED_S = 1.0  # at most: before the run is held, and between its last entry and its return
 
 
 class Clock:
@@ -41,6 +51,7 @@ def test_every_second_since_the_submission_is_in_one_category(tmp_path: Path) ->
         "ledger.data_wait_s": 10,
         "ledger.validation_s": 2,
         "ledger.checkpoint_s": 3,
+        "ledger.export_s": 0,
         "ledger.lost_s": 0,
     }
     ledger.write()
@@ -86,3 +97,25 @@ def test_time_between_two_submissions_is_nobodys(tmp_path: Path) -> None:
     clock.go(4)
     second.lap("start_up")
     assert second.figures()["goodput"] == pytest.approx(10 / 14)
+
+
+def test_categories_of_a_run_that_was_lost_once_sum_to_its_wall_time(tmp_path: Path) -> None:
+    write_squares(tmp_path / "shards", "train", 10)
+    config = run_config(tmp_path, "lost")
+    began = time.time()
+    with exclusive(config):  # one submission, as Ray's driver holds a run whose workers it starts anew
+        train_until_killed(config, 5)
+        Trainer(config, World()).train()
+    whole = time.time() - began
+    run = tmp_path / "runs/lost"
+    ledger = json.loads((run / "ledger.json").read_bytes())
+    seconds = ledger["seconds"]
+    assert sum(seconds.values()) == pytest.approx(ledger["entered_at"] - (run / "lock").stat().st_mtime)
+    assert whole - UNCOUNTED_S < sum(seconds.values()) < whole + 0.01  # a file's time may lag by a tick
+    # Step 4 was logged, and taken again after the checkpoint of step 3.
+    assert all(seconds[name] > 0 for name in ("productive", "start_up", "data_wait", "checkpoint", "export", "lost"))
+    written = max(file.stat().st_mtime for file in (run / "model").rglob("*") if file.is_file())
+    assert ledger["entered_at"] >= written
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert {name: last[f"ledger.{name}_s"] for name in seconds} == seconds
+    assert last["goodput"] == seconds["productive"] / sum(seconds.values())

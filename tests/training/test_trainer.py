@@ -203,12 +203,13 @@ def test_logger_is_started_fed_and_finished(folder: Path) -> None:
     recorder = Recorder()
     Trainer(run_config(folder, "recorded", steps=4), World(), recorder).train()
     kinds = [call[0] for call in recorder.calls]
-    assert kinds == ["start", "metrics", "metrics", "finish"]
+    assert kinds == ["start", "metrics", "metrics", "metrics", "finish"]
     assert recorder.calls[0][1] == "recorded"
     assert recorder.calls[-1] == ("finish", "finished")
-    logged = [(call[1], call[2]) for call in recorder.calls if call[0] == "metrics"]
-    lines = read_metrics(folder / "runs/recorded/metrics.jsonl")
-    assert logged == [(line.pop("step"), line) for line in lines]
+    first, last, ledger = ({"step": call[1], **call[2]} for call in recorder.calls if call[0] == "metrics")
+    assert [first, last | ledger] == read_metrics(folder / "runs/recorded/metrics.jsonl")
+    assert last["step"] == ledger["step"] == 4
+    assert not last.keys() & ledger.keys() - {"step"}
 
 
 def test_logger_of_a_run_that_goes_on_gets_the_earlier_figures_first(folder: Path) -> None:
@@ -217,9 +218,9 @@ def test_logger_of_a_run_that_goes_on_gets_the_earlier_figures_first(folder: Pat
     recorder = Recorder()
     Trainer(config, World(), recorder).train()
     lines = read_metrics(folder / "runs/told-again/metrics.jsonl")
-    told = [{"step": call[1], **call[2]} for call in recorder.calls if call[0] == "metrics"]
+    *told, ledger = [{"step": call[1], **call[2]} for call in recorder.calls if call[0] == "metrics"]
     assert [line["step"] for line in told] == list(range(1, STEPS + 1))
-    assert told == lines
+    assert [*told[:-1], told[-1] | ledger] == lines
 
 
 def test_step_with_a_poisoned_sample_is_left_out_and_its_samples_are_named(
