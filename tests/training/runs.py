@@ -47,9 +47,9 @@ def run_config(folder: Path, name: str, sections: dict[str, dict[str, Any]] | No
     )
 
 
-def train_until_killed(config: Config, step: int, poisoned: Collection[int] = ()) -> None:
+def train_until_killed(config: Config, step: int, poisoned: Collection[int] = (), world: World | None = None) -> None:
     """Train, and lose the process when ``step`` steps were taken; for ``poisoned`` see :func:`train_poisoned`."""
-    trainer = Trainer(config, World())
+    trainer = Trainer(config, world or World())
     _poison(trainer, poisoned)
     train_step = trainer.train_step
 

@@ -1,4 +1,4 @@
-"""Runs of the real trainer on a tiny model: resume, faults, results. One process."""
+"""Runs of the real trainer on a tiny model: resume, faults, results. One process, and two where it says so."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from runs import STEPS, loss_curve, run_config, train_poisoned, train_until_killed
 from safetensors.torch import load_file
 from shard_writing import damage_samples
@@ -129,26 +130,37 @@ def test_interrupted_run_ends_as_the_undisturbed_one_bit_for_bit(folder: Path, k
     name = f"killed{killed_after}"
     config = run_config(folder, name)
     train_until_killed(config, killed_after)
-    result = Trainer(config, World()).train()
-    assert loss_curve(folder, name) == loss_curve(folder, "whole")
-    whole = finished_result(run_config(folder, "whole"))
-    assert whole is not None
-    for file in ("unet/diffusion_pytorch_model.safetensors", "pathway/diffusion_pytorch_model.safetensors"):
-        assert (Path(result.model_dir) / file).read_bytes() == (Path(whole.model_dir) / file).read_bytes()
+    Trainer(config, World()).train()
+    _assert_same_end(folder, name, "whole")
     lost = json.loads((folder / "runs" / name / "ledger.json").read_bytes())["seconds"]["lost"]
     # Step 4 was logged, and taken again after the checkpoint of step 3.
     assert (lost > 0) == (killed_after == 5)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_interrupted_run_of_another_stage_ends_as_its_undisturbed_one_bit_for_bit(folder: Path, stage: int) -> None:
-    config = run_config(folder, f"stage{stage}", zero_stage=stage)
-    train_until_killed(config, 5)
-    killed = Trainer(config, World()).train()
-    whole = Trainer(run_config(folder, f"whole{stage}", zero_stage=stage), World()).train()
-    assert loss_curve(folder, f"stage{stage}") == loss_curve(folder, f"whole{stage}")
+@pytest.mark.cluster
+def test_interrupted_run_of_two_processes_ends_as_its_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
+    write_squares(tmp_path / "shards", "train", 10)
+    run_ranks(_train_whole_and_killed, 2, tmp_path, tmp_path)
+    for stage in range(4):
+        _assert_same_end(tmp_path, f"killed{stage}", f"whole{stage}")
+
+
+def _train_whole_and_killed(world: World, folder: Path) -> None:
+    for stage in range(4):
+        whole, killed = (
+            run_config(folder, f"{name}{stage}", zero_stage=stage, steps=6) for name in ("whole", "killed")
+        )
+        Trainer(whole, world).train()
+        train_until_killed(killed, 5, world=world)
+        Trainer(killed, world).train()
+
+
+def _assert_same_end(folder: Path, name: str, other: str) -> None:
+    """The same losses and the same exported weights."""
+    assert loss_curve(folder, name) == loss_curve(folder, other)
     for file in ("unet/diffusion_pytorch_model.safetensors", "pathway/diffusion_pytorch_model.safetensors"):
-        assert (Path(killed.model_dir) / file).read_bytes() == (Path(whole.model_dir) / file).read_bytes()
+        weights, others = ((folder / "runs" / run / "model" / file).read_bytes() for run in (name, other))
+        assert weights == others
 
 
 def test_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
