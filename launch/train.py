@@ -97,8 +97,8 @@ def run_backend(config: Config) -> TrainingResult:
     """Train as ``cluster.backend`` says: with Ray workers, or in this process without importing Ray."""
     if config.cluster.backend == "local":
         from digseg.registry.tracked_training import train_tracked
+        from digseg.training.locks import exclusive
         from digseg.training.preemption import Notice, listening
-        from digseg.training.run import exclusive
         from digseg.training.world import World
 
         world = World.from_environment()

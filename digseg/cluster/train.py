@@ -33,9 +33,10 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from digseg.config import Config
 from digseg.console import progress, say
 from digseg.errors import DigSegError, StoppedError
+from digseg.training.locks import exclusive
 from digseg.training.logging import read_metrics
 from digseg.training.preemption import Notice, RunStoppedError, give, listen
-from digseg.training.run import RunDirectory, TrainingResult, check_run, exclusive, finished_result
+from digseg.training.run import RunDirectory, TrainingResult, check_run, finished_result
 from digseg.training.world import World
 
 _FOLLOW_INTERVAL_S = 0.5

@@ -11,20 +11,17 @@
                              validation/      pictures of what was predicted while training, if it was validated
                              samples/         which samples each step took, where training.log_samples is set
                              stop             there while the workers are asked to save and end (under Ray)
-                             lock             held while the run is trained; written when it was submitted
+                             lock             held by who submitted the run; written when that was
+                             trained          held by who trains it, see digseg.training.locks
                              model/           the exported model, once all steps are taken
                              result.json      the TrainingResult, once the model is there
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -77,6 +74,7 @@ class RunDirectory:
         self.samples = self.path / "samples"
         self.stop = self.path / "stop"
         self.lock = self.path / "lock"
+        self.trained = self.path / "trained"
         self._result = self.path / "result.json"
 
     def submitted_at(self) -> float:
@@ -112,40 +110,6 @@ class RunDirectory:
             return TrainingResult(**json.loads(self._result.read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
-
-
-@contextmanager
-def exclusive(config: Config) -> Iterator[None]:
-    """Hold the run's directory, so that no other process trains a run of this name at the same time.
-
-    The operating system lets go of it when this process ends, however it ends. On a shared file system that holds
-    across machines where it has locks (NFS 4, Lustre with flock).
-
-    Raises:
-        DigSegError: another process holds it, and the text says which; or the directory cannot be written and locked.
-    """
-    directory = RunDirectory(config)
-    with ExitStack() as stack:
-        try:
-            directory.path.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(directory.lock.open("a+"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
-            directory.stop.unlink(missing_ok=True)  # left by a process that was killed while it waited for the workers
-        except BlockingIOError:
-            lock.seek(0)
-            raise DigSegError(
-                f"run {config.run.name!r} in {config.run.storage} is being trained by {lock.read().strip()}; wait for "
-                "it, stop it, or choose another run.name"
-            ) from None
-        except OSError as error:
-            raise DigSegError(
-                f"{directory.lock} cannot be written and locked: {error.strerror}; point run.storage at a place that "
-                "can be written and has file locks"
-            ) from error
-        yield
 
 
 def finished_result(config: Config) -> TrainingResult | None:

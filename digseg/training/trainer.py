@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from digseg.training.deepspeed_config import micro_batches
 from digseg.training.engine import Engine
 from digseg.training.guard import BadStep, SkippedSteps, TooManyBadStepsError
 from digseg.training.ledger import Ledger
+from digseg.training.locks import training_alone
 from digseg.training.logging import MetricsFile, NullLogger, RunLogger, read_metrics
 from digseg.training.preemption import RunStoppedError, StopAgreement
 from digseg.training.profiling import StepProfiler
@@ -85,6 +86,10 @@ class Trainer:
         if finished is not None:
             self._say(f"run {self.config.run.name!r} is finished: all {finished.steps} steps are taken")
             return finished
+        with training_alone(self.config) if self.world.is_main else nullcontext():
+            return self._train()
+
+    def _train(self) -> TrainingResult:
         self._set_up()
         step = self._resume()
         self._enter("start_up")

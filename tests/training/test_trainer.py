@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import threading
@@ -26,7 +25,7 @@ from digseg.errors import DigSegError
 from digseg.model.export import load_model
 from digseg.training.engine import Engine
 from digseg.training.logging import read_metrics
-from digseg.training.run import check_continues, check_run, exclusive, finished_result
+from digseg.training.run import check_continues, check_run, finished_result
 from digseg.training.sample_log import samples_of_steps
 from digseg.training.trainer import Trainer
 from digseg.training.world import World
@@ -329,23 +328,6 @@ def test_loss_far_above_its_mean_is_left_out(folder: Path, monkeypatch: pytest.M
     Trainer(run_config(folder, "leaping", guard={"settle_steps": 3}), World()).train()
     lines = read_metrics(folder / "runs/leaping/metrics.jsonl")
     assert [(line["step"], line["steps_left_out"]) for line in lines] == [(1, 0), (4, 0), (8, 1), (9, 0)]
-
-
-def test_second_process_with_a_run_of_the_same_name_is_refused(folder: Path) -> None:
-    config = run_config(folder, "held")
-    with (
-        exclusive(config),
-        pytest.raises(DigSegError, match=rf"'held' .* is being trained by process {os.getpid()} on"),
-        exclusive(config),
-    ):
-        pass
-    with exclusive(config):
-        pass
-    lock = folder / "runs/held/lock"
-    lock.unlink()
-    lock.mkdir()
-    with pytest.raises(DigSegError, match=r"held/lock cannot be written and locked: Is a directory"), exclusive(config):
-        pass
 
 
 @pytest.mark.parametrize("stage", range(4))
