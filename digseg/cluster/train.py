@@ -30,6 +30,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
+from digseg.cluster.lost_workers import ConnectionLostError, explanation
 from digseg.config import Config
 from digseg.console import progress, say
 from digseg.errors import DigSegError, StoppedError
@@ -37,7 +38,7 @@ from digseg.training.locks import exclusive
 from digseg.training.logging import read_metrics
 from digseg.training.preemption import Notice, RunStoppedError, give, listen
 from digseg.training.run import RunDirectory, TrainingResult, check_run, finished_result
-from digseg.training.world import World
+from digseg.training.world import World, is_lost_connection
 
 _FOLLOW_INTERVAL_S = 0.5
 _NOTICE_INTERVAL_S = 0.2
@@ -51,8 +52,8 @@ def run_training(config: Config) -> TrainingResult:
     is given, Ray starts as many as there is room for, and again when the room changes.
 
     Raises:
-        DigSegError: the configuration or the data do not allow it, whichever process found out, or a run of
-            this name is being trained.
+        DigSegError: the configuration or the data do not allow it, whichever process found out; a run of
+            this name is being trained; or workers were lost and no restart is left.
         StoppedError: this process was sent SIGTERM, as ``ray job stop`` does; the run is saved.
     """
     finished = finished_result(config)
@@ -76,10 +77,22 @@ def _fit(config: Config) -> None:
     try:
         with _followed(config), _passing_on_sigterm(directory.stop):
             _torch_trainer(config).fit()
-    except ray.train.TrainingFailedError:
+    except ray.train.TrainingFailedError as failed:
         _raise_recorded(failure)
-        raise
+        _close_tracking(config)
+        lost = explanation(getattr(failed, "worker_failures", {}), config)
+        if lost is None:
+            raise
+        raise lost from None
     _raise_recorded(failure)
+
+
+def _close_tracking(config: Config) -> None:
+    """Have MLflow know that nobody trains any more, where the worker that would have told it was lost."""
+    if config.tracking.enabled:
+        from digseg.registry.tracking import MlflowRun
+
+        MlflowRun(config).abandon()
 
 
 def _torch_trainer(config: Config) -> ray.train.torch.TorchTrainer:
@@ -211,6 +224,15 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         _record(failure, error)
         _hide_traceback()  # the driver shows the error
         raise
+    except Exception as error:
+        if not is_lost_connection(error):
+            raise
+        _hide_traceback()  # it would tell where this worker waited, not why in vain
+        lost = ConnectionLostError(
+            f"lost the connection to another one: {str(error).splitlines()[0].partition('. ')[0]}"
+        )
+        say(f"the worker of rank {world.rank} {lost}")
+        raise lost from None
 
 
 def _hide_traceback() -> None:

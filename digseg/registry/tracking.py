@@ -148,6 +148,15 @@ class MlflowRun:
             self._uri,
         )
 
+    def abandon(self) -> None:
+        """Close the run as failed, if it is still open: the process that logged to it was lost."""
+        try:
+            self._run_id = self._continued()
+            if self._run_id is not None and self._client.get_run(self._run_id).info.status == "RUNNING":
+                self.finish("failed")
+        except (MlflowException, StoreAwayError) as error:
+            _log.warning("%s", first_line(error))
+
     def settle(self, lines: Iterable[Mapping[str, Any]], pictures: Path, tags: Mapping[str, str]) -> bool:
         """Deliver what the end of the run found waiting, if anything; whether the store has all of the run now.
 

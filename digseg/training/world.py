@@ -101,6 +101,11 @@ class World:
         return self.sum(values).div_(self.world_size) if self.world_size > 1 else values
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective call failed because another rank was lost or did not come; gloo says so in words only."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def default_device(local_rank: int) -> torch.device:
     """This worker's GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():

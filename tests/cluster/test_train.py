@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from digseg.errors import DigSegError
 from digseg.registry.tracking import MlflowRun
 from digseg.training.checkpoint import published_steps
 from digseg.training.logging import read_metrics
+from digseg.training.run import RunDirectory
 
 pytestmark = [
     pytest.mark.cluster,
@@ -67,21 +69,51 @@ def undisturbed(ray_running: None, folder: Path) -> list[dict[str, Any]]:
 
 
 def test_run_that_loses_a_worker_ends_as_the_undisturbed_one(undisturbed: list[dict[str, Any]], folder: Path) -> None:
-    config = _disturbed(folder, "killed", signal.SIGKILL)
-    curve = _curve(folder, "killed")
-    assert curve == undisturbed
-    # One MLflow run, with each figure once.
+    config = _config(folder, "killed")
+    wall_s = _disturbed(config, signal.SIGKILL)
+    assert _curve(folder, "killed") == undisturbed
+    _check_mlflow_run(config)
+    _check_ledger(config, wall_s)
+
+
+def test_run_that_loses_a_worker_with_no_restart_left_says_so_and_goes_on_when_submitted_again(
+    undisturbed: list[dict[str, Any]], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(folder, "lost", max_failures=0)
+    with _sending(config, signal.SIGKILL, main=True) as sender, pytest.raises(DigSegError) as raised:
+        run_training(config)
+    assert sender.worker is not None
+    (saved,) = published_steps(RunDirectory(config).checkpoints)[-1:]
+    assert f"the worker of rank 0 died (process {sender.worker.pid} on" in str(raised.value)
+    assert "no restart is left (cluster.max_failures: 0). " in str(raised.value)
+    assert f"saved up to step {saved} of {STEPS}; the steps after that are lost" in str(raised.value)
+    assert "The same command again goes on from there" in str(raised.value)
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.out + printed.err
     run = MlflowRun(config)
-    client = MlflowClient(run.tracking_uri)
-    assert client.get_run(run.run_id).info.status == "FINISHED"
-    logged = [metric.step for metric in client.get_metric_history(run.run_id, "loss")]
-    assert logged == [line["step"] for line in curve]
+    assert MlflowClient(run.tracking_uri).get_run(run.run_id).info.status == "FAILED"
+    assert run_training(config).steps == STEPS
+    assert f"run 'lost' goes on after step {saved}" in capfd.readouterr().out
+    assert _curve(folder, "lost") == undisturbed
+    _check_mlflow_run(config)
+
+
+def test_finished_run_submitted_again_says_so_and_does_nothing(
+    undisturbed: list[dict[str, Any]], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(folder, "undisturbed")
+    before = _all_of(config)
+    capfd.readouterr()
+    assert run_training(config) == RunDirectory(config).result()
+    assert capfd.readouterr() == (f"run 'undisturbed' is finished: all {STEPS} steps are taken\n", "")
+    assert not any(_trains(process) for process in psutil.Process().children(recursive=True))
+    assert _all_of(config) == before
 
 
 def test_worker_told_that_its_machine_goes_away_has_all_save_and_nothing_is_lost(
     undisturbed: list[dict[str, Any]], folder: Path
 ) -> None:
-    _disturbed(folder, "noticed", signal.SIGTERM)
+    _disturbed(_config(folder, "noticed"), signal.SIGTERM)
     assert _curve(folder, "noticed") == undisturbed
     ledger = json.loads((folder / "runs/noticed/ledger.json").read_bytes())
     assert ledger["seconds"]["lost"] == 0
@@ -90,7 +122,7 @@ def test_worker_told_that_its_machine_goes_away_has_all_save_and_nothing_is_lost
 def test_worker_that_hangs_is_ended_and_the_run_ends_as_the_undisturbed_one(
     undisturbed: list[dict[str, Any]], folder: Path
 ) -> None:
-    _disturbed(folder, "hung", signal.SIGSTOP, hang_timeout_s=HANG_TIMEOUT_S)
+    _disturbed(_config(folder, "hung", hang_timeout_s=HANG_TIMEOUT_S), signal.SIGSTOP, main=True)
     assert _curve(folder, "hung") == undisturbed
 
 
@@ -150,44 +182,52 @@ def test_submitted_job_trains_the_demo_and_is_found_in_mlflow(tmp_path: Path, re
     assert (run.info.run_name, run.info.status) == ("submitted", "FINISHED")
     assert run.data.params["training.steps"] == "20"
     assert run.info.run_id in submitted.stdout
+    assert re.search(r"time: +productive \d+ % of \d+ s \(start_up \d+ s, .*lost 0 s\)", submitted.stdout)
 
 
-def _disturbed(folder: Path, name: str, sent: signal.Signals, **cluster: Any) -> Config:
-    """Train, and send one worker a signal as soon as the first checkpoint is there; it is gone at the end."""
-    config = _config(folder, name, **cluster)
-    with _sending(folder / "runs" / name / "checkpoints", sent) as sender:
+def _disturbed(config: Config, sent: signal.Signals, main: bool = False) -> float:
+    """Train, and send a worker a signal meanwhile; it is gone at the end. The seconds that it took."""
+    began = time.time()
+    with _sending(config, sent, main) as sender:
         result = run_training(config)
+        wall_s = time.time() - began
         sender.join()
         assert sender.steps_before is not None
         assert sender.steps_before[-1] < STEPS
         assert sender.worker is not None
         assert not sender.worker.is_running()
     assert (result.steps, result.world_size) == (STEPS, 2)
-    return config
+    return wall_s
 
 
 class _Sender(threading.Thread):
-    """Sends a training worker a signal as soon as the first checkpoint is there."""
+    """Sends a training worker, rank 0's or the other, a signal as soon as steps after the first checkpoint are in the
+    loss curve."""
 
-    def __init__(self, checkpoints: Path, sent: signal.Signals) -> None:
+    def __init__(self, config: Config, sent: signal.Signals, main: bool) -> None:
         super().__init__(daemon=True)
-        self._checkpoints, self._sent = checkpoints, sent
+        self._directory, self._sent, self._main = RunDirectory(config), sent, main
         self.worker: psutil.Process | None = None
         self.steps_before: list[int] | None = None
 
     def run(self) -> None:
-        while not published_steps(self._checkpoints):
+        while not self._is_time():
             time.sleep(0.01)
+        main = int(self._directory.trained.read_text().split()[1])
         workers = [process for process in psutil.Process().children(recursive=True) if _trains(process)]
-        self.worker = max(workers, key=lambda process: process.pid)
+        (self.worker,) = (process for process in workers if (process.pid == main) == self._main)
         self.worker.send_signal(self._sent)
-        self.steps_before = published_steps(self._checkpoints)
+        self.steps_before = published_steps(self._directory.checkpoints)
+
+    def _is_time(self) -> bool:
+        saved, logged = published_steps(self._directory.checkpoints), read_metrics(self._directory.metrics)
+        return bool(saved) and logged[-1]["step"] > saved[-1]
 
 
 @contextmanager
-def _sending(checkpoints: Path, sent: signal.Signals) -> Iterator[_Sender]:
+def _sending(config: Config, sent: signal.Signals, main: bool) -> Iterator[_Sender]:
     """Have a worker sent a signal; it does not outlive the block."""
-    sender = _Sender(checkpoints, sent)
+    sender = _Sender(config, sent, main)
     sender.start()
     try:
         yield sender
@@ -195,6 +235,41 @@ def _sending(checkpoints: Path, sent: signal.Signals) -> Iterator[_Sender]:
         if sender.worker is not None:
             with suppress(psutil.NoSuchProcess):
                 sender.worker.kill()
+
+
+def _all_of(config: Config) -> tuple[dict[Path, tuple[int, bytes]], dict[str, Any]]:
+    """All files of a run with the time of their last change, and the run in MLflow."""
+    files = (path for path in RunDirectory(config).path.rglob("*") if path.is_file())
+    run = MlflowRun(config)
+    tracked = MlflowClient(run.tracking_uri).get_run(run.run_id).to_dictionary()
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}, tracked
+
+
+def _check_mlflow_run(config: Config) -> None:
+    """One run in MLflow, with each figure once."""
+    run = MlflowRun(config)
+    client = MlflowClient(run.tracking_uri)
+    found = client.get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    named = client.search_runs([found.info.experiment_id], f"attributes.run_name = '{config.run.name}'")
+    assert [other.info.run_id for other in named] == [run.run_id]
+    logged = [metric.step for metric in client.get_metric_history(run.run_id, "loss")]
+    assert logged == [line["step"] for line in read_metrics(RunDirectory(config).metrics)]
+
+
+def _check_ledger(config: Config, wall_s: float) -> None:
+    """The ledger of a run that lost steps accounts for the time from its submission to its end."""
+    directory = RunDirectory(config)
+    seconds = json.loads(directory.ledger.read_bytes())["seconds"]
+    assert seconds["lost"] > 0
+    # What is not in it is the end of the workers.
+    assert sum(seconds.values()) == pytest.approx(wall_s, abs=3)
+    last = read_metrics(directory.metrics)[-1]
+    figures = {name: value for name, value in last.items() if name.startswith(("goodput", "ledger."))}
+    assert figures.keys() == {"goodput", *(f"ledger.{name}_s" for name in seconds)}
+    run = MlflowRun(config)
+    logged = MlflowClient(run.tracking_uri).get_run(run.run_id).data.metrics
+    assert figures.items() <= logged.items()
 
 
 def _trains(process: psutil.Process) -> bool:
@@ -212,7 +287,7 @@ def _config(folder: Path, name: str, **cluster: Any) -> Config:
         training={
             "steps": STEPS,
             "warmup_steps": 3,
-            "checkpoint_every": 10,
+            "checkpoint_every": 20,
             "log_every": 7,
             "threads": 1,
             "precision": "fp32",
