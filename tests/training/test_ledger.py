@@ -11,8 +11,8 @@ from runs import run_config, train_until_killed
 from small_world import write_squares
 
 from digseg.training.ledger import Ledger, ledger_summary
+from digseg.training.locks import exclusive
 from digseg.training.logging import read_metrics
-from digseg.training.run import exclusive
 from digseg.training.trainer import Trainer
 from digseg.training.world import World
 
