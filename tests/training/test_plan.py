@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from memory import live_bytes, peak_of_tensors
 from small_world import small_config, write_squares
-from torch.profiler import ProfilerActivity, profile
 
 from digseg.config import Config, load_config
 from digseg.data.loader import training_batches
@@ -38,7 +37,7 @@ def test_memory_and_checkpoint_are_what_a_run_takes(tmp_path: Path, repository: 
     data = TrainingData(config.data, seed=0)
     (batch,) = training_batches(data, config, 0, 1, 0, 1)
     encoder = load_text_encoder(config.model)
-    before = _live_bytes()
+    before = live_bytes()
     loss = SegmenterLoss(build_segmenter(config, encoder), config, torch.randn(len(data.names), encoder.dim))
     num_parameters = sum(parameter.numel() for parameter in loss.parameters())
     engine = Engine(loss, config, World())
@@ -51,10 +50,8 @@ def test_memory_and_checkpoint_are_what_a_run_takes(tmp_path: Path, repository: 
         state.average.update(engine.shares())
 
     step()  # Adam's moments are made
-    kept = _live_bytes() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    measured = kept + _peak_bytes(profiler)
+    kept = live_bytes() - before
+    measured = kept + peak_of_tensors(step)
     planned = memory_of_step(config, encoder.dim, batch.query_ids.shape[1], on_gpu=False)
     assert planned.total == pytest.approx(measured, rel=0.15)
 
@@ -161,22 +158,3 @@ def _model_of_the_demo(folder: Path, repository: Path, stage: int) -> Config:
         data={"root": str(folder / "shards"), "corpora": [{"name": "squares"}], "crop_size": 128},
         training={"steps": 2, "global_batch_size": 4, "precision": "fp32", "zero_stage": stage},
     )
-
-
-def _live_bytes() -> int:
-    """Of all tensors of this process, gradients included."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def _peak_bytes(profiler: Any) -> int:
-    """The most that was allocated at once above what was there when the profiler began."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from memory import peak_of_python, peak_of_tensors
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from ranks import run_ranks
 from runs import STEPS, loss_curve, run_config, train_until_killed
 from safetensors.torch import load_file
-from shard_writing import damage_samples
+from shard_writing import damage_samples, noise_samples, write_split
 from small_world import VOCABULARY, write_squares
 
 from digseg.config import Config
@@ -132,10 +133,10 @@ def test_two_ranks_find_what_one_finds_with_weights_that_are_sharded_over_them(t
     write_squares(tmp_path / "shards", "train", 10)
     write_squares(tmp_path / "shards", "val", SAMPLES, seed=1)
     run_ranks(_validate_sharded, 2, tmp_path, tmp_path)
-    config = _config(tmp_path, "alone", samples=5)
+    config = _config(tmp_path, "alone", samples=5, pictures=5)
     model = TrainedModel(config, VOCABULARY)
     alone = Validation(config, World(), model.as_loaded()).run(model.segmenter.state_dict())
-    assert len(alone.rows) == 2
+    assert len(alone.rows) == 5
     for stage in (0, 3):
         assert json.loads((tmp_path / f"{stage}.json").read_text()) == _comparable(alone)
 
@@ -168,6 +169,32 @@ def test_weights_are_held_only_while_they_are_validated(folder: Path) -> None:
     assert {parameter.device.type for parameter in validation._model.segmenter.parameters()} == {"meta"}
 
 
+def test_memory_is_that_of_one_image_whatever_the_number_of_samples(tmp_path: Path) -> None:
+    peaks = {}
+    for name, height, width in (("small", 192, 256), ("large", 384, 512)):
+        for split, number in (("train", 2), ("val", 16)):
+            samples = noise_samples(number, 3, size=(height, width))
+            write_split(tmp_path / name / "shards", "squares", samples, VOCABULARY, split)
+        for number in (4, 16):
+            config = _config(tmp_path / name, "memory", samples=number, pictures=2)
+            model = TrainedModel(config, VOCABULARY)
+            validation, state = Validation(config, World(), model.as_loaded()), model.segmenter.state_dict()
+
+            def run(validation: Validation = validation, state: Mapping[str, torch.Tensor] = state) -> None:
+                validation.run(state)
+
+            run()  # names are embedded once
+            peaks[name, number] = peak_of_tensors(run), peak_of_python(run)
+    image = 192 * 256 * 4  # with its mask
+    for name in ("small", "large"):
+        (few_tensors, few), (many_tensors, many) = peaks[name, 4], peaks[name, 16]
+        assert many_tensors == few_tensors
+        assert many < few + image
+    # The network sees a larger image at the same working size: only pixels and scores are of its own, in bytes a pixel.
+    added = sum(peaks["large", 16]) - sum(peaks["small", 16])
+    assert added / (384 * 512 - 192 * 256) < 100
+
+
 def test_corpora_to_validate_on_must_be_named_and_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"validation\.every is 3, but evaluation\.corpora is empty"):
         run_config(tmp_path, "unnamed", validation={"every": 3})
@@ -185,7 +212,7 @@ def _config(folder: Path, name: str, samples: int = 100, pictures: int = 2, **tr
 
 def _validate_sharded(world: World, folder: Path) -> None:
     for stage in (0, 3):
-        config = _config(folder, "sharded", samples=5, zero_stage=stage)
+        config = _config(folder, "sharded", samples=5, pictures=5, zero_stage=stage)
         model = TrainedModel(config, VOCABULARY)
         whole = {name: weight.clone() for name, weight in model.segmenter.state_dict().items()}
         validation = Validation(config, world, model.as_loaded())
