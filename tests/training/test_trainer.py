@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
-import threading
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -328,71 +325,6 @@ def test_loss_far_above_its_mean_is_left_out(folder: Path, monkeypatch: pytest.M
     Trainer(run_config(folder, "leaping", guard={"settle_steps": 3}), World()).train()
     lines = read_metrics(folder / "runs/leaping/metrics.jsonl")
     assert [(line["step"], line["steps_left_out"]) for line in lines] == [(1, 0), (4, 0), (8, 1), (9, 0)]
-
-
-@pytest.mark.parametrize("stage", range(4))
-def test_no_step_outside_the_logging_interval_waits_for_the_device(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, stage: int
-) -> None:
-    trainer = Trainer(run_config(folder, f"async{stage}", steps=8, zero_stage=stage, checkpoint_every=8), World())
-    reads = HostReads(monkeypatch)
-    train_step = trainer.train_step
-
-    def counted(batch: Any, step: int) -> dict[str, torch.Tensor]:
-        reads.step = step + 1
-        return train_step(batch, step)
-
-    monkeypatch.setattr(trainer, "train_step", counted)
-    trainer.train()
-    # Steps 1, 4 and 8 are logged, and the checkpoint follows step 8.
-    assert {step for step, _ in reads.of_project} == {1, 4, 8}
-    assert {name for step, name in reads.of_project if step < 8} <= {"tolist", "__float__"}
-    # DeepSpeed's own, as docs/training.md says: what it asks of the gradient's norm.
-    assert [name for step, name in reads.of_deepspeed if step == 3] == ["__bool__"] * (0, 2, 2, 1)[stage]
-
-
-def test_offloading_reads_one_verdict_a_step_on_the_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run_config(folder, "offloaded", steps=3, zero_stage=1, checkpoint_every=3, offload_optimizer=True)
-    trainer = Trainer(config, World())
-    reads = HostReads(monkeypatch)
-    train_step = trainer.train_step
-
-    def counted(batch: Any, step: int) -> dict[str, torch.Tensor]:
-        reads.step = step + 1
-        losses = train_step(batch, step)
-        reads.step = 0
-        return losses
-
-    monkeypatch.setattr(trainer, "train_step", counted)
-    trainer.train()
-    assert reads.of_project == [(1, "cpu"), (2, "cpu"), (3, "cpu")]  # of two micro-batches each
-    of_deepspeed = Counter(reads.of_deepspeed)
-    parameters = sum(1 for _ in trainer.engine._deepspeed.module.parameters())
-    assert of_deepspeed[3, "item"] == parameters + 1
-    assert of_deepspeed[3, "__bool__"] == parameters + 2
-
-
-class HostReads:
-    """Notes the calls by which digseg and DeepSpeed, in the thread that trains, hand a tensor's values to the host."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.step = 0
-        self.of_project: list[tuple[int, str]] = []
-        self.of_deepspeed: list[tuple[int, str]] = []
-        for name in ("item", "cpu", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "nonzero"):
-            monkeypatch.setattr(torch.Tensor, name, self._noting(name, getattr(torch.Tensor, name)))
-
-    def _noting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            caller = sys._getframe(1).f_globals["__name__"]
-            if self.step and threading.current_thread() is threading.main_thread():
-                if caller.startswith("digseg."):
-                    self.of_project.append((self.step, name))
-                elif caller.startswith("deepspeed."):
-                    self.of_deepspeed.append((self.step, name))
-            return original(tensor, *args, **kwargs)
-
-        return call
 
 
 @pytest.mark.parametrize(
