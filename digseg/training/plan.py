@@ -219,7 +219,7 @@ def _memory(config: Config, model: _ModelSizes, stage: int, world_size: int, on_
     optimizer = 2 * size if stage == 0 else 3 * part
     zero = deepspeed_config(config, world_size, model.trainable, on_gpu)["zero_optimization"]
     buffers = 0.0  # stage 0 on the CPU reduces gradients where they are
-    if on_gpu or stage in (1, 2):
+    if on_gpu or stage in (1, 2) or (stage == 3 and world_size > 1):  # as one rank of stage 3 reduces nothing
         buffers = _FLOAT * (zero["reduce_bucket_size"] if stage else min(model.trainable, _REDUCE_BUCKET))
     if stage == 3:
         buffers += _FLOAT * min(model.trainable, zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS))

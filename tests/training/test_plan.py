@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from memory import live_bytes, peak_of_tensors
+from ranks import run_ranks
 from small_world import small_config, write_squares
 
 from digseg.config import Config, load_config
@@ -28,20 +30,44 @@ SD2_UNET = {
     "cross_attention_dim": 1024, "num_heads": 5, "norm_num_groups": 32,
 }  # fmt: skip
 TEXT_DIM = 384
+SHARDED = (1, 2, 3)  # stages
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", range(4))
 def test_memory_and_checkpoint_are_what_a_run_takes(tmp_path: Path, repository: Path, stage: int) -> None:
     write_squares(tmp_path / "shards", "train", 8)
-    config = _model_of_the_demo(tmp_path, repository, stage)
+    taken = _take(World(), tmp_path, repository, stage)
+    assert taken["planned"] == pytest.approx(taken["measured"], rel=0.15)
+    assert taken["planned_on_disk"] == pytest.approx(taken["on_disk"], rel=0.05)
+
+
+@pytest.mark.cluster
+def test_memory_and_checkpoint_are_what_each_of_two_ranks_takes(tmp_path: Path, repository: Path) -> None:
+    write_squares(tmp_path / "shards", "train", 8)
+    run_ranks(_take_stages, 2, tmp_path, tmp_path, repository)
+    for stage in SHARDED:
+        ranks = [json.loads((tmp_path / f"{stage}-{rank}.json").read_text()) for rank in range(2)]
+        for taken in ranks:
+            assert taken["planned"] == pytest.approx(taken["measured"], rel=0.15), stage
+        assert ranks[0]["planned_on_disk"] == pytest.approx(sum(taken["on_disk"] for taken in ranks), rel=0.05)
+
+
+def _take_stages(world: World, folder: Path, repository: Path) -> None:
+    for stage in SHARDED:
+        (folder / f"{stage}-{world.rank}.json").write_text(json.dumps(_take(world, folder, repository, stage)))
+
+
+def _take(world: World, folder: Path, repository: Path, stage: int) -> dict[str, float]:
+    """Bytes that a rank holds at the fullest moment of a step and writes into a checkpoint, beside the planned ones."""
+    config = _model_of_the_demo(folder, repository, stage, world.world_size)
     data = TrainingData(config.data, seed=0)
-    (batch,) = training_batches(data, config, 0, 1, 0, 1)
+    (batch,) = training_batches(data, config, world.rank, world.world_size, 0, 1)
     encoder = load_text_encoder(config.model)
     before = live_bytes()
     loss = SegmenterLoss(build_segmenter(config, encoder), config, torch.randn(len(data.names), encoder.dim))
     num_parameters = sum(parameter.numel() for parameter in loss.parameters())
-    engine = Engine(loss, config, World())
-    state = TrainingState(engine, config.training, World())
+    engine = Engine(loss, config, world)
+    state = TrainingState(engine, config.training, world)
 
     def step() -> None:
         engine.forward_backward(batch.to(torch.device("cpu")))
@@ -53,12 +79,15 @@ def test_memory_and_checkpoint_are_what_a_run_takes(tmp_path: Path, repository: 
     kept = live_bytes() - before
     measured = kept + peak_of_tensors(step)
     planned = memory_of_step(config, encoder.dim, batch.query_ids.shape[1], on_gpu=False)
-    assert planned.total == pytest.approx(measured, rel=0.15)
-
-    state.snapshot()(tmp_path)
-    written = sum(path.stat().st_size for path in tmp_path.rglob("*.pt"))
-    assert checkpoint_bytes(config, num_parameters) == pytest.approx(written, rel=0.05)
+    files = folder / f"checkpoint-{stage}-{world.rank}"
+    state.snapshot()(files)
     engine.close()
+    return {
+        "measured": measured,
+        "planned": planned.total,
+        "on_disk": sum(path.stat().st_size for path in files.rglob("*.pt")),
+        "planned_on_disk": checkpoint_bytes(config, num_parameters),
+    }
 
 
 def test_network_of_stable_diffusions_size_is_planned_in_seconds(tmp_path: Path) -> None:
@@ -149,11 +178,11 @@ def _sd2(folder: Path, workers: int | list[int] = 64, **training: Any) -> Config
     return config.model_copy(update={"data": data})
 
 
-def _model_of_the_demo(folder: Path, repository: Path, stage: int) -> Config:
+def _model_of_the_demo(folder: Path, repository: Path, stage: int, workers: int) -> Config:
     demo = load_config(repository / "configs/demo.yaml")
     return small_config(
         folder,
-        cluster={"workers": 1, "backend": "local"},
+        cluster={"workers": workers},
         model=demo.model.model_dump(),
         data={"root": str(folder / "shards"), "corpora": [{"name": "squares"}], "crop_size": 128},
         training={"steps": 2, "global_batch_size": 4, "precision": "fp32", "zero_stage": stage},
