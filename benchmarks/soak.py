@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="of disturbances")
+    parser.add_argument("--faults", type=int, metavar="N", help="end after so many disturbances, not after --minutes")
     parser.add_argument("--pause", type=float, default=6.0, help="seconds of training between two faults, on average")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 3], help="to start anew with")
@@ -205,15 +207,15 @@ def _disturb(run: _Run, options: argparse.Namespace) -> Counter[str]:
     """Train for so long, with faults; their number by kind."""
     faults: Counter[str] = Counter()
     chance = random.Random(options.seed)
-    deadline = time.monotonic() + options.minutes * 60
-    while True:
+    deadline = time.monotonic() + options.minutes * 60 if options.faults is None else math.inf
+    while faults.total() != options.faults:
         run.start(chance.choice(options.world_sizes), steps=10**9)
         run.wait_for_steps()
         pause = chance.expovariate(1 / options.pause)
         time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         if time.monotonic() >= deadline:
             run.give_notice(chance.choice(run.ranks))
-            return faults
+            break
         kind = chance.choice(["ranks killed", "notice", "checkpoint damaged"])
         if kind == "ranks killed":
             run.kill(chance.sample(run.ranks, chance.randint(1, len(run.ranks))))
@@ -223,7 +225,9 @@ def _disturb(run: _Run, options: argparse.Namespace) -> Counter[str]:
             run.kill(run.ranks)
             kind = _damage(run.directory.checkpoints, chance)
         faults[kind] += 1
-        say(f"{deadline - time.monotonic():5.0f} s left: {kind}")
+        left = f"{deadline - time.monotonic():5.0f} s" if options.faults is None else options.faults - faults.total()
+        say(f"{left} left: {kind}")
+    return faults
 
 
 def _damage(checkpoints: Path, chance: random.Random) -> str:
