@@ -21,6 +21,9 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 # How long workers wait for their place before their number is chosen anew: for some seconds after a node was lost, Ray
 # takes it for one that is there. Ray's default is 60 s.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+# How long workers that are to be ended may take to leave their process group, which one that hangs never does. Ray's
+# default is 30 s.
+os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
 # It would print what a worker prints a second time.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
