@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 from ray_head import RayHead, kill_node, start_head, start_node
@@ -64,20 +65,30 @@ def test_run_goes_on_when_a_node_is_lost_when_one_comes_and_when_it_is_announced
     _check_steps_and_samples(config)
 
 
-def test_run_submitted_again_after_the_head_was_lost_finds_its_step_its_data_and_its_mlflow_run(
+def test_run_submitted_again_after_its_head_was_lost_waits_for_the_worker_that_lives_on_and_goes_on_where_it_ends(
     tmp_path: Path, repository: Path, environment: dict[str, str]
 ) -> None:
     config = _endless_config(tmp_path, workers=1)
-    with start_head(tmp_path, environment) as head, _submitted(config, tmp_path, repository, environment, head) as run:
-        run.wait_until(lambda: bool(run.steps()))
-        # The job runs on the head's machine, and is gone with it.
-        kill_node(head.process)
-        run.process.kill()
-    (before,) = run.steps()[-1:]
-    with start_head(tmp_path, environment) as head, _submitted(config, tmp_path, repository, environment, head) as run:
-        run.wait_until(lambda: run.steps()[-1] > before)
-        run.stop()
-    assert f"run 'small' goes on after step {before}" in run.output()
+    with ExitStack() as nodes:
+        head = nodes.enter_context(start_head(tmp_path, environment, num_cpus=0))
+        nodes.enter_context(start_node(tmp_path, head, environment))
+        with _submitted(config, tmp_path, repository, environment, head) as run:
+            run.wait_until(lambda: bool(run.steps()))
+            # The job runs on the head's machine, and is gone with it.
+            kill_node(head.process)
+            run.process.kill()
+        worker = int(RunDirectory(config).trained.read_text().split()[1])
+        (before,) = run.steps()[-1:]
+        # Ray ends the worker after a minute.
+        assert psutil.pid_exists(worker)
+        head = nodes.enter_context(start_head(tmp_path, environment))
+        with _submitted(config, tmp_path, repository, environment, head) as run:
+            run.wait_until(lambda: "goes on after step" in run.output())
+            assert f"is still being trained by process {worker} on" in run.output()
+            (resumed,) = map(int, re.findall(r"run 'small' goes on after step (\d+)", run.output()))
+            assert resumed > before
+            run.wait_until(lambda: run.steps()[-1] > resumed)
+            run.stop()
     logged = _check_steps_and_samples(config)
     tracked = MlflowRun(config)
     client = MlflowClient(tracked.tracking_uri)
