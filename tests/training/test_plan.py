@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from kl_autoencoder import write_kl_autoencoder
+from latent_writing import write_latents
 from memory import live_bytes, peak_of_tensors
 from ranks import run_ranks
 from small_world import small_config, write_squares
 
 from digseg.config import Config, load_config
+from digseg.data.corpus import ShardedCorpus
+from digseg.data.format import LATENT_MEMBER
 from digseg.data.loader import training_batches
 from digseg.data.training_data import TrainingData
 from digseg.errors import DigSegError
@@ -149,6 +153,18 @@ def test_shards_give_epochs_and_the_size_of_queries(tmp_path: Path) -> None:
     assert plan.images == 8
     assert plan.warnings == []
     assert plan.as_json()["memory"]["zero1"]["total"] == plan.memory[1].total
+
+
+def test_latents_take_the_bytes_that_are_planned(tmp_path: Path) -> None:
+    write_squares(tmp_path / "shards", "train", 8)
+    write_kl_autoencoder(tmp_path / "sd")
+    config = small_config(tmp_path, model={"autoencoder": {"type": "kl", "path": str(tmp_path / "sd/vae")}})
+    write_latents(config, tmp_path / "latents")
+    corpus = ShardedCorpus(tmp_path / "latents", "squares", "train")
+    members = [corpus.stored(number).member(LATENT_MEMBER) for number in range(len(corpus))]
+    assert len(members) == 8
+    header = 128  # of an npy file
+    assert sum(len(member) - header for member in members) == make_plan(config, TEXT_DIM).latent_bytes
 
 
 def test_overrides_of_deepspeed_and_the_best_checkpoints_count(tmp_path: Path) -> None:
