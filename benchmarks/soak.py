@@ -10,8 +10,8 @@ Both note the samples of each step (``training.log_samples``), which have to be 
 if a step of the disturbed run lacks it or has it beyond what the same step of the other run has. The final losses
 (means of the last logging interval) have to be equal with ``--world-sizes 2``. Other numbers of ranks sum gradients in
 other orders: a rounding in float32, 1e-7 of a gradient, grows with the steps taken after it. 2 % are allowed; 0.05 to
-1.7 % were seen after 100 to 470 steps. Runs that nothing disturbs are as far apart: with 1, 2 and 3 ranks 3.5 % after 40
-steps, 1.2 % after 125, 0.5 % after 160. Exit code 1 where something was lost.
+1.7 % were seen after 100 to 470 steps. Runs that nothing disturbs are as far apart: those of 1, 2 and 3 ranks 3.5 %
+after 40 steps, 1.2 % after 125, 0.5 % after 160. Exit code 1 where something was lost.
 """
 
 from __future__ import annotations
