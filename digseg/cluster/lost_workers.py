@@ -36,7 +36,8 @@ def explanation(failures: Mapping[int, Exception], config: Config) -> DigSegErro
     told = "; ".join(f"the worker of rank {rank} {losses[rank]}" for rank in sorted(first or failures))
     return DigSegError(
         f"run {config.run.name!r} in {config.run.storage} has ended, as {told}; and no restart is left "
-        f"(cluster.max_failures: {config.cluster.max_failures}). {_saved(config)}"
+        f"(cluster.max_failures: {config.cluster.max_failures}). "
+        f"{_saved(config, all(isinstance(error, RunStoppedError) for error in failures.values()))}"
     )
 
 
@@ -57,14 +58,14 @@ def _place(error: Exception) -> str:
     return f" (process {process[1]} on {host[1]})" if host and process else ""
 
 
-def _saved(config: Config) -> str:
+def _saved(config: Config, in_time: bool) -> str:
+    """How far the run is saved, which is all of it where that was done ``in_time``."""
     directory = RunDirectory(config)
     steps, lines = published_steps(directory.checkpoints), read_metrics(directory.metrics)
     if not steps:
         return "It has no checkpoint yet: the same command again starts it from the beginning"
     last = lines[-1]["step"] if lines else 0
     ahead = f", although its loss curve went on to step {last}" if last > steps[-1] else ""
-    return (
-        f"It is saved up to step {steps[-1]} of {config.training.steps}; the steps after that are lost{ahead}. The "
-        "same command again goes on from there"
-    )
+    lost = "" if in_time else f"; the steps after that are lost{ahead}"
+    saved = f"It is saved up to step {steps[-1]} of {config.training.steps}{lost}"
+    return f"{saved}. The same command again goes on from there"
