@@ -64,21 +64,22 @@ def _measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
             starts.append(run.wait_for_first_step())
             run.wait_for_saves(5)
         stalls.append(run.checkpoint_stall())
+    _say("submit to first step", starts)
+    _say("checkpoint stall, a save", stalls)
     with _started(folder, "disturbed") as run:
         run.wait_for_first_step()
         notices = [run.until_next_step(signal.SIGTERM) for _ in range(options.starts)]
         lost = run.ledger()["lost"]
         hang = run.until_next_step(signal.SIGSTOP)
+    _say("notice to next step", notices)
+    say(f"{'  steps lost by them':26} {lost:6.2f} s")
+    _say(f"hang to next step, {HANG_TIMEOUT_S} s", [hang])
+    say(f"killing a worker every {options.kill_every:.0f} s for {options.minutes:g} min")
     with _started(folder, "killed") as run:
         run.wait_for_first_step()
         recoveries = list(run.kill_workers(options.minutes * 60, options.kill_every))
     seconds = run.ledger()
     goodput = seconds["productive"] / sum(seconds.values())
-    _say("submit to first step", starts)
-    _say("checkpoint stall, a save", stalls)
-    _say("notice to next step", notices)
-    say(f"{'  steps lost by them':26} {lost:6.2f} s")
-    _say(f"hang to next step, {HANG_TIMEOUT_S} s", [hang])
     _say("kill to next step", recoveries)
     say(f"goodput with a worker killed every {options.kill_every:.0f} s for {options.minutes:g} min: {goodput:.3f}")
     return {

@@ -69,9 +69,11 @@ def test_run_submitted_again_after_its_head_was_lost_waits_for_the_worker_that_l
     tmp_path: Path, repository: Path, environment: dict[str, str]
 ) -> None:
     config = _endless_config(tmp_path, workers=1)
+    # By default Ray ends a node a minute after its head was lost, which on busy cores is before the next is there.
+    patient = {**environment, "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
     with ExitStack() as nodes:
         head = nodes.enter_context(start_head(tmp_path, environment, num_cpus=0))
-        nodes.enter_context(start_node(tmp_path, head, environment))
+        nodes.enter_context(start_node(tmp_path, head, patient))
         with _submitted(config, tmp_path, repository, environment, head) as run:
             run.wait_until(lambda: bool(run.steps()))
             # The job runs on the head's machine, and is gone with it.
@@ -79,7 +81,6 @@ def test_run_submitted_again_after_its_head_was_lost_waits_for_the_worker_that_l
             run.process.kill()
         worker = int(RunDirectory(config).trained.read_text().split()[1])
         (before,) = run.steps()[-1:]
-        # Ray ends the worker after a minute.
         assert psutil.pid_exists(worker)
         head = nodes.enter_context(start_head(tmp_path, environment))
         with _submitted(config, tmp_path, repository, environment, head) as run:
