@@ -65,20 +65,27 @@ def test_run_goes_on_when_a_node_is_lost_when_one_comes_and_when_it_is_announced
     _check_steps_and_samples(config)
 
 
-def test_run_submitted_again_after_its_head_was_lost_waits_for_the_worker_that_lives_on_and_goes_on_where_it_ends(
+def test_run_submitted_again_after_the_head_was_lost_with_its_worker_and_after_it_was_lost_alone_goes_on(
     tmp_path: Path, repository: Path, environment: dict[str, str]
 ) -> None:
     config = _endless_config(tmp_path, workers=1)
+    with start_head(tmp_path, environment) as head, _submitted(config, tmp_path, repository, environment, head) as run:
+        run.wait_until(lambda: bool(run.steps()))
+        # The job runs on the head's machine, and is gone with it.
+        kill_node(head.process)
+        run.process.kill()
+    (saved,) = run.steps()[-1:]
     # By default Ray ends a node a minute after its head was lost, which on busy cores is before the next is there.
     patient = {**environment, "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
     with ExitStack() as nodes:
         head = nodes.enter_context(start_head(tmp_path, environment, num_cpus=0))
         nodes.enter_context(start_node(tmp_path, head, patient))
         with _submitted(config, tmp_path, repository, environment, head) as run:
-            run.wait_until(lambda: bool(run.steps()))
-            # The job runs on the head's machine, and is gone with it.
+            run.wait_until(lambda: run.steps()[-1] > saved)
+            assert f"run 'small' goes on after step {saved}" in run.output()
             kill_node(head.process)
             run.process.kill()
+        # The worker lives on: the next submission waits for it, and goes on where it ends.
         worker = int(RunDirectory(config).trained.read_text().split()[1])
         (before,) = run.steps()[-1:]
         assert psutil.pid_exists(worker)
