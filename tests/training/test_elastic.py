@@ -61,6 +61,14 @@ def test_two_one_and_three_processes_take_the_steps_of_one_that_nothing_disturbe
             torch.testing.assert_close(found, left, rtol=0, atol=0)
 
 
+def test_zero_stage_may_change_on_the_way_of_one_process(tmp_path: Path) -> None:
+    write_squares(tmp_path / "shards", "train", 10)
+    Trainer(_config(tmp_path, "whole", 1), World()).train()
+    for part in range(len(UNTIL)):
+        _train(World(), tmp_path, _config(tmp_path, "changing", RUNS["changing"][part]), UNTIL[part])
+    assert _figures(tmp_path, "changing") == pytest.approx(_figures(tmp_path, "whole"), rel=1e-4)
+
+
 def test_stage_0_goes_on_only_as_stage_0(tmp_path: Path) -> None:
     write_squares(tmp_path / "shards", "train", 10)
     _train(World(), tmp_path, _config(tmp_path, "plain", 0), 2)

@@ -134,9 +134,15 @@ def test_interrupted_run_ends_as_the_undisturbed_one_bit_for_bit(folder: Path, k
 
 
 @pytest.mark.cluster
-def test_interrupted_run_of_two_processes_ends_as_its_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_interrupted_run_ends_as_its_undisturbed_one_bit_for_bit_in_every_stage(
+    tmp_path: Path, world_size: int
+) -> None:
     write_squares(tmp_path / "shards", "train", 10)
-    run_ranks(_train_whole_and_killed, 2, tmp_path, tmp_path)
+    if world_size == 1:
+        _train_whole_and_killed(World(), tmp_path)
+    else:
+        run_ranks(_train_whole_and_killed, world_size, tmp_path, tmp_path)
     for stage in range(4):
         _assert_same_end(tmp_path, f"killed{stage}", f"whole{stage}")
 
