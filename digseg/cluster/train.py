@@ -231,9 +231,8 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         if not is_lost_connection(error):
             raise
         _hide_traceback()  # it would tell where this worker waited, not why in vain
-        lost = ConnectionLostError(
-            f"lost the connection to another one: {str(error).splitlines()[0].partition('. ')[0]}"
-        )
+        first_sentence = str(error).partition("\n")[0].partition(". ")[0]
+        lost = ConnectionLostError(f"lost the connection to another one: {first_sentence}")
         say(f"the worker of rank {world.rank} {lost}")
         raise lost from None
 

@@ -362,8 +362,9 @@ class Trainer:
         if self.world.is_main:
             self._export(exported)
             self._enter("export")
-            self._metrics_file.complete(self._ledger.figures())
-            self.logger.metrics(checkpoint.step, self._ledger.figures())
+            figures = self._ledger.figures()
+            self._metrics_file.complete(figures)
+            self.logger.metrics(checkpoint.step, figures)
             first, last, rate = summarise(self.directory.metrics)
             result = TrainingResult(
                 steps=checkpoint.step,
